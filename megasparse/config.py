@@ -1,0 +1,412 @@
+"""The recipe: every number of a run, validated before any work starts.
+
+A recipe is a YAML file with the sections below. Unknown keys are errors, and any value can be
+overridden on the command line with a dotted path (``model.num_layers=4``). Field names are those of
+Megatron-LM where it has the same number, else those of the paper named beside the field.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataSet(Section):
+    """One data set written by ``megasparse prepare``."""
+
+    path: Path  # the folder that holds train.bin/.idx, validation.bin/.idx, the tokenizer and manifest.json
+    weight: PositiveFloat = 1.0  # share of training samples, relative to the other sets
+
+
+class Data(Section):
+    """What is read: which sets in which proportion, cut into sequences of which length."""
+
+    sets: Annotated[list[DataSet], Field(min_length=1)]
+    seq_length: PositiveInt = 512  # tokens per sample
+    document_mask: bool = False  # tokens attend within their own document only, and never predict across its end
+    reset_position_ids: bool = False  # positions restart at each document (learned positions only)
+
+
+class Rope(Section):
+    """Rotary position embedding (RoFormer) and the scalings of HF's ``modeling_rope_utils``."""
+
+    theta: PositiveFloat = 10_000.0
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: PositiveFloat = 1.0
+    original_max_position_embeddings: PositiveInt | None = None  # llama3, yarn
+    low_freq_factor: PositiveFloat = 1.0  # llama3
+    high_freq_factor: PositiveFloat = 4.0  # llama3
+    beta_fast: PositiveFloat = 32.0  # yarn
+    beta_slow: PositiveFloat = 1.0  # yarn
+    attention_factor: PositiveFloat | None = None  # yarn; None: 0.1 ln(factor) + 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Rope:
+        if self.scaling in ("llama3", "yarn") and self.original_max_position_embeddings is None:
+            raise ValueError(f"scaling={self.scaling} needs original_max_position_embeddings")
+        return self
+
+
+class MoE(Section):
+    """Top-k mixture of experts: which layers, how tokens are routed, how the load is balanced."""
+
+    num_experts: PositiveInt
+    top_k: PositiveInt = 2
+    ffn_hidden_size: PositiveInt  # of one expert
+    layers: Literal["all"] | PositiveInt | list[Literal[0, 1]] = "all"
+    """"all"; n: every n-th layer, the n-th first; or one 0/1 per layer (Megatron's moe_layer_freq)."""
+    shared_expert_ffn_hidden_size: int = Field(default=0, ge=0)  # 0: none
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_scores: bool = True  # the k scores of a token are divided by their sum
+    score_scale: PositiveFloat = 1.0  # multiplies the scores (DeepSeek-V3's routed_scaling_factor)
+    num_groups: PositiveInt | None = None  # group-limited routing (DeepSeek-V2/V3): experts in this many groups,
+    top_k_groups: PositiveInt | None = None  # of which a token may use only this many
+    aux_loss_coefficient: NonNegative = 0.01
+    aux_loss_scope: Literal["micro_batch", "global_batch", "all_layers"] = "micro_batch"
+    """Where the load statistics f of the Switch loss E * sum(f_e * P_e) are taken. micro_batch: over the
+    sequences of one micro-batch. global_batch: f is the whole previous optimizer step's, so that the loss is a
+    plain sum over tokens and the same under any split. all_layers: as transformers does, counts and
+    probabilities pooled over layers and not divided by top_k (one pipeline stage only)."""
+    z_loss_coefficient: NonNegative = 0.0  # ST-MoE
+    bias_update_rate: NonNegative = 0.0  # auxiliary-loss-free balancing (DeepSeek-V3); 0: no bias
+    jitter: Fraction = 0.0  # input is multiplied by uniform(1 - jitter, 1 + jitter) before the router (Switch)
+    capacity_factor: PositiveFloat | None = None  # None: dropless
+    drop_policy: Literal["probs", "position"] = "probs"  # which tokens an expert over capacity keeps: best or first
+
+    @model_validator(mode="after")
+    def _check(self) -> MoE:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}: lower top_k")
+        if (self.num_groups is None) != (self.top_k_groups is None):
+            raise ValueError("num_groups and top_k_groups go together: set both or neither")
+        if self.num_groups is not None and self.top_k_groups is not None:
+            if self.num_experts % self.num_groups:
+                raise ValueError(f"num_experts={self.num_experts} is not divisible by num_groups={self.num_groups}")
+            if self.top_k_groups > self.num_groups:
+                raise ValueError(f"top_k_groups={self.top_k_groups} is more than num_groups={self.num_groups}")
+            if self.num_experts // self.num_groups < 2:
+                raise ValueError("a group is scored by its two best experts: num_experts / num_groups must be >= 2")
+            if self.top_k > self.top_k_groups * (self.num_experts // self.num_groups):
+                raise ValueError(
+                    f"top_k={self.top_k} is more than the experts in top_k_groups={self.top_k_groups} groups"
+                )
+        return self
+
+
+class Model(Section):
+    """The transformer: enough to say GPT-2, Llama, Qwen2/3, OLMo2, Mixtral and OLMoE."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt | None = None  # K/V heads of grouped-query attention; None: as many as heads
+    head_dim: PositiveInt | None = None  # None: hidden_size / num_attention_heads
+    ffn_hidden_size: PositiveInt | None = None  # of dense layers; None: 4 x hidden_size
+    vocab_size: PositiveInt | None = None  # None: the tokenizer's
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_epsilon: PositiveFloat = 1e-5
+    norm_placement: Literal["pre", "post"] = "pre"  # post: norms the sublayer's output, before the residual (OLMo2)
+    qk_norm: Literal["none", "head", "full"] = "none"  # per head (Qwen3) or over all heads together (OLMo2, OLMoE)
+    bias: Literal["none", "qkv", "all"] = "none"
+    tie_embeddings: bool = False
+    position_embedding: Literal["rope", "learned"] = "rope"
+    max_position_embeddings: PositiveInt | None = None  # rows of the learned table; None: data.seq_length
+    rope: Rope = Rope()
+    attention_dropout: Fraction = 0.0
+    hidden_dropout: Fraction = 0.0
+    init_std: PositiveFloat = 0.02  # output projections: divided by sqrt(2 * num_layers) (GPT-2)
+    moe: MoE | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def moe_layers(self) -> list[bool]:
+        """One flag per layer: is it a mixture of experts?"""
+        if self.moe is None:
+            return [False] * self.num_layers
+        if self.moe.layers == "all":
+            return [True] * self.num_layers
+        if isinstance(self.moe.layers, int):
+            return [(i + 1) % self.moe.layers == 0 for i in range(self.num_layers)]
+        return [bool(flag) for flag in self.moe.layers]
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}: "
+                "change one or set head_dim"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by num_query_groups={self.kv_heads}"
+            )
+        if self.position_embedding == "rope" and self.head_size % 2:
+            raise ValueError(f"head_dim={self.head_size} is odd: rotary embedding needs pairs")
+        if self.qk_norm != "none" and self.normalization != "RMSNorm":
+            raise ValueError(f"qk_norm={self.qk_norm} needs normalization=RMSNorm")
+        if self.moe is not None:
+            if isinstance(self.moe.layers, list) and len(self.moe.layers) != self.num_layers:
+                raise ValueError(f"moe.layers has {len(self.moe.layers)} flags for num_layers={self.num_layers}")
+            if not any(self.moe_layers):
+                raise ValueError("moe.layers selects no layer: remove the moe section or select one")
+            if self.activation != "swiglu" or self.bias == "all":
+                raise ValueError("moe experts are bias-free SwiGLU: set activation=swiglu and bias to none or qkv")
+        return self
+
+
+class Optimizer(Section):
+    """AdamW with decoupled weight decay; one-dimensional weights (norms, biases) are not decayed."""
+
+    lr: PositiveFloat = 3e-4
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip_grad: NonNegative = 1.0  # largest global gradient norm; 0: no clipping
+
+
+class Schedule(Section):
+    """Learning rate as a function of tokens seen: linear warm-up, then one of four shapes."""
+
+    type: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_tokens: int = Field(default=0, ge=0)
+    decay_tokens: int = Field(default=0, ge=0)  # wsd: length of the final linear decay
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1  # lr at the end / optimizer.lr
+
+
+class Parallel(Section):
+    """How the run is split. Data parallelism is what is left of the world: world / (tp * pp)."""
+
+    tp: PositiveInt = 1  # tensor parallel
+    sequence_parallel: bool = False  # with tp: norms and residuals are split along the sequence
+    pp: PositiveInt = 1  # pipeline parallel
+    ep: PositiveInt = 1  # expert parallel, folded over tp x dp
+    zero_stage: Literal[0, 1] = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Parallel:
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel=true needs tp > 1")
+        return self
+
+
+class Training(Section):
+    """How long, in what portions and in which precision."""
+
+    steps: PositiveInt
+    global_batch_size: PositiveInt = 32  # sequences per optimizer step, over all ranks
+    micro_batch_size: PositiveInt = 8  # sequences per forward pass of one rank
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    loss_scale: PositiveFloat = 65536.0  # fp16: the first dynamic loss scale
+    loss_scale_window: PositiveInt = 1000  # fp16: good steps before the scale doubles
+    recompute: Literal["none", "full"] = "none"  # full: each layer's activations are recomputed in backward
+    seed: int = Field(default=1234, ge=0)
+    max_skipped_steps: PositiveInt = 10  # steps in a row skipped for a non-finite loss or norm before the run ends
+    eval_interval: int = Field(default=0, ge=0)  # steps; 0: only at the end
+    eval_tokens: PositiveInt = 100_000  # validation tokens at each interval (the end uses all)
+    save_interval: int = Field(default=0, ge=0)  # steps; 0: only at the end
+    keep_checkpoints: PositiveInt = 2  # the newest ones kept
+
+
+class Logging(Section):
+    """Where metrics go besides the console and metrics.jsonl."""
+
+    log_interval: PositiveInt = 1
+    tensorboard: bool = True
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    wandb_project: str = "megasparse"
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    data: Data
+    model: Model
+    training: Training
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    parallel: Parallel = Parallel()
+    logging: Logging = Logging()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch_size * self.data.seq_length
+
+    @property
+    def total_tokens(self) -> int:
+        return self.training.steps * self.tokens_per_step
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        model, data, training, parallel = self.model, self.data, self.training, self.parallel
+        if training.global_batch_size % training.micro_batch_size:
+            raise ValueError(
+                f"training.global_batch_size={training.global_batch_size} is not divisible by "
+                f"training.micro_batch_size={training.micro_batch_size}"
+            )
+        if data.reset_position_ids and model.position_embedding != "learned":
+            raise ValueError(
+                "data.reset_position_ids=true needs model.position_embedding=learned: "
+                "rotary attention is relative, data.document_mask is enough"
+            )
+        if model.position_embedding == "learned" and (model.max_position_embeddings or 2**63) < data.seq_length:
+            raise ValueError(
+                f"data.seq_length={data.seq_length} is more than "
+                f"model.max_position_embeddings={model.max_position_embeddings}"
+            )
+        if self.schedule.warmup_tokens + self.schedule.decay_tokens > self.total_tokens:
+            raise ValueError(
+                f"schedule.warmup_tokens + decay_tokens is more than the run's {self.total_tokens} tokens "
+                "(training.steps * global_batch_size * data.seq_length)"
+            )
+        self._check_layout(parallel, model, training)
+        return self
+
+    def _check_layout(self, parallel: Parallel, model: Model, training: Training) -> None:
+        moe = model.moe
+        if parallel.ep > 1 and moe is None:
+            raise ValueError(f"parallel.ep={parallel.ep} needs model.moe: a dense model has no experts")
+        if moe is not None and moe.num_experts % parallel.ep:
+            raise ValueError(
+                f"model.moe.num_experts={moe.num_experts} is not divisible by parallel.ep={parallel.ep}"
+            )
+        for field, value in (
+            ("num_attention_heads", model.num_attention_heads),
+            ("num_query_groups", model.kv_heads),
+            ("ffn_hidden_size", model.ffn_size),
+        ):
+            if value % parallel.tp:
+                raise ValueError(f"model.{field}={value} is not divisible by parallel.tp={parallel.tp}")
+        if parallel.sequence_parallel and self.data.seq_length % parallel.tp:
+            raise ValueError(f"data.seq_length={self.data.seq_length} is not divisible by parallel.tp={parallel.tp}")
+        if model.num_layers % parallel.pp:
+            raise ValueError(f"model.num_layers={model.num_layers} is not divisible by parallel.pp={parallel.pp}")
+        if moe is not None and moe.aux_loss_scope == "all_layers":
+            if parallel.pp > 1:
+                raise ValueError("model.moe.aux_loss_scope=all_layers pools every layer: it needs parallel.pp=1")
+            if training.recompute != "none":
+                raise ValueError("model.moe.aux_loss_scope=all_layers keeps every layer's graph: set recompute=none")
+        if training.precision != "fp32" and parallel.zero_stage == 0:
+            raise ValueError(
+                f"training.precision={training.precision} needs parallel.zero_stage=1: "
+                "DeepSpeed keeps fp32 master weights only in its ZeRO optimizer"
+            )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Data-parallel ranks in a world of ``world_size``; ValueError if the layout does not fit it."""
+        parallel, training = self.parallel, self.training
+        stage = parallel.tp * parallel.pp
+        if world_size % stage:
+            raise ValueError(f"{world_size} processes cannot be split into tp={parallel.tp} x pp={parallel.pp}")
+        if (world_size // parallel.pp) % parallel.ep:
+            raise ValueError(
+                f"parallel.ep={parallel.ep} does not divide the {world_size // parallel.pp} processes of a pipeline "
+                f"stage: start a multiple of {parallel.ep * parallel.pp} processes or change ep"
+            )
+        data_parallel = world_size // stage
+        if training.global_batch_size % (training.micro_batch_size * data_parallel):
+            raise ValueError(
+                f"training.global_batch_size={training.global_batch_size} is not divisible by micro_batch_size="
+                f"{training.micro_batch_size} x {data_parallel} data-parallel processes"
+            )
+        return data_parallel
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe and apply dotted overrides such as ``model.num_layers=4``.
+
+    Raises ValueError with one line for each wrong field: its path, its value and what to do.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"no recipe at {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not a recipe: a mapping with name, data, model and training is expected")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_recipe(raw, source=str(path))
+
+
+def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe; ValueError as in load_recipe."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{source}: " + "; ".join(_describe(e) for e in error.errors())) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The fully resolved recipe as YAML: load_recipe reads it back equal."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    path, separator, value = override.partition("=")
+    if not separator or not path:
+        raise ValueError(f"override {override!r} is not of the form section.key=value")
+    node: Any = raw
+    *parents, leaf = path.split(".")
+    for depth, key in enumerate(parents):
+        node = _child(node, key, override)
+        if node is None or not isinstance(node, (dict, list)):
+            raise ValueError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a section")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: the value is not YAML") from None
+    if isinstance(node, list):
+        _child(node, leaf, override)
+        node[int(leaf)] = parsed
+    else:
+        node[leaf] = parsed
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise ValueError(f"override {override!r}: {key!r} is not an index below {len(node)}")
+        return node[int(key)]
+    if node.get(key) is None:
+        node[key] = {}
+    return node[key]
+
+
+def _describe(error: Any) -> str:
+    """One pydantic error as ``path = value: what is wrong``."""
+    path = ".".join(str(part) for part in error["loc"]) or "recipe"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key"
+    if error["type"] == "missing":
+        return f"{path}: missing"
+    if error["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path} = {error['input']!r}: {message}"

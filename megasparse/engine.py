@@ -1,0 +1,312 @@
+"""The only place that calls deepspeed.initialize: forward and backward, gradient flow, clipping, the step.
+
+Gradients flow through megatron-core's schedule, not through DeepSpeed's forward and backward. When the last
+micro-batch is done, ``_finalize_gradients`` sums what each rank holds in part (tensor parallel norms and routers, the
+tied embedding of two pipeline stages) and lets DeepSpeed average over data parallelism. The norm is then taken over
+the whole model, exactly once per weight, and DeepSpeed's optimizer steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megasparse import platform
+from megasparse.config import Recipe
+from megasparse.data.loader import Batch
+from megasparse.layers.router import RouterState
+from megasparse.model import GPTModel, moe_layers
+from megasparse.topology import MegatronMPU, Topology
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank. Losses are in nats."""
+
+    loss: float  # cross-entropy per token over the global batch
+    aux_losses: dict[str, float]  # unscaled, mean over micro-batches and layers
+    grad_norm: float  # global, before clipping
+    skipped: bool  # loss or norm was not finite: weights, moments and router biases are as before
+    loss_scale: float
+    expert_tokens: Tensor  # [MoE layers, experts] int64: tokens routed to each expert
+    dropped_fraction: float  # of the routed copies; 0 when dropless
+
+
+class Engine:
+    """The model of this rank under DeepSpeed: ``train_step``, ``evaluate``, and the module for checkpoints."""
+
+    def __init__(self, recipe: Recipe, topology: Topology, gpt: GPTModel, router_state: RouterState) -> None:
+        self.recipe, self.topology, self.gpt, self.router_state = recipe, topology, gpt, router_state
+        self.config: Any = gpt.config
+        if recipe.training.precision == "fp16":
+            platform.allow_fp16()
+        optimizer = torch.optim.AdamW(
+            parameter_groups(gpt, recipe.optimizer.weight_decay),
+            lr=recipe.optimizer.lr,
+            betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
+            eps=recipe.optimizer.eps,
+            fused=True,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory readings
+            self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
+                model=gpt,
+                optimizer=optimizer,  # type: ignore[arg-type]
+                config=deepspeed_config(recipe, topology),
+                mpu=MegatronMPU(),
+            )
+        if recipe.parallel.zero_stage == 1 and recipe.training.precision != "bf16":
+            # Its own norm waits for ranks that have no experts and counts by its own rules: give it the exact one.
+            self.optimizer.scaled_global_norm = self._scaled_global_norm
+        self.config.finalize_model_grads_func = self._finalize_gradients
+        if recipe.training.precision == "fp16":
+            self.config.grad_scale_func = lambda loss: loss * self.optimizer.loss_scale
+        self._moe = moe_layers(gpt)
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def train_step(self, batches: list[Batch], step: int, learning_rate: float) -> StepResult:
+        """One optimizer step (``step`` counts from 0) on this rank's micro-batches."""
+        self.gpt.train()
+        self.router_state.begin(step, len(batches))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        tokens = self._loss_tokens(batches)
+        losses = self._forward_backward(batches, scale=self.topology.dp / tokens)
+        statistics = self._reduce_statistics(losses, tokens)
+        loss_scale = self._loss_scale()
+        self._norm = self._gradient_norm()
+        finite = math.isfinite(statistics.loss) and math.isfinite(self._norm)
+        self._clip_and_step(finite)
+        for layer, moe in self._moe:
+            moe.router.end_step(statistics.expert_tokens[layer] if finite else None)
+        is_moe = torch.tensor(self.recipe.model.moe_layers)
+        routed = statistics.expert_tokens.sum().item()
+        return StepResult(
+            loss=statistics.loss,
+            aux_losses=statistics.aux_losses,
+            grad_norm=self._norm / loss_scale,
+            skipped=not finite,
+            loss_scale=loss_scale,
+            expert_tokens=statistics.expert_tokens[is_moe],
+            dropped_fraction=statistics.dropped / routed if routed else 0.0,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """(sum of nats, tokens scored) over every data-parallel rank's batches; ranks pass equally many."""
+        self.gpt.eval()
+        nats, tokens = 0.0, 0.0
+        for batch in batches:
+            losses = self._forward_backward([batch], scale=1.0, forward_only=True)
+            nats += sum(loss.item() for loss in losses)
+            tokens += batch.loss_mask.sum().item()
+        nats = nats if self._reports_loss else 0.0
+        tokens = tokens if self._reports_loss else 0.0
+        nats, tokens = self._all_reduce([nats, tokens], None)
+        return nats, round(tokens)
+
+    def _forward_backward(self, batches: list[Batch], scale: float, forward_only: bool = False) -> list[Tensor]:
+        """Run the pipeline; returns each micro-batch's summed loss on the last stage, [] elsewhere."""
+        return get_forward_backward_func()(
+            forward_step_func=lambda iterator, model: self._forward(next(iterator), model, scale),
+            data_iterator=iter(batches),
+            model=self.gpt,
+            num_microbatches=len(batches),
+            seq_length=self.recipe.data.seq_length,
+            micro_batch_size=self.recipe.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+
+    def _forward(self, batch: Batch, model: GPTModel, scale: float) -> tuple[Tensor, Any]:
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            attention_mask=batch.document_ids,
+            labels=batch.labels,
+            padding_mask=batch.token_index,
+        )
+
+        def loss_function(token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Token losses [batch, seq] -> what is differentiated: the local sum over the global batch's tokens,
+            times the data-parallel size that DeepSpeed's average will divide by."""
+            total = (token_losses * batch.loss_mask).sum()
+            return total * scale, batch.loss_mask.sum().int(), total.detach()
+
+        return output, loss_function
+
+    def _finalize_gradients(self, models: Any, num_tokens: Any = None, **_: Any) -> None:
+        """Called by mcore's schedule after the last backward, before the optimizer."""
+        if self.topology.tp > 1:
+            for parameter in self.gpt.parameters():
+                if getattr(parameter, "sequence_parallel", False):
+                    dist.all_reduce(self._gradient(parameter), group=self.topology.tp_group)
+        if self.recipe.model.tie_embeddings and self.topology.pp > 1 and parallel_state.is_rank_in_embedding_group():
+            shared = self.gpt.shared_embedding_or_output_weight()
+            dist.all_reduce(self._gradient(shared), group=parallel_state.get_embedding_group())
+        if self.recipe.parallel.zero_stage == 1 or self.topology.world_size > 1:
+            self.deepspeed.allreduce_gradients()
+
+    def _gradient(self, parameter: Tensor) -> Tensor:
+        """The full local gradient, before data-parallel reduction: DeepSpeed's bf16 optimizer keeps it in fp32."""
+        if parameter.grad is None and hasattr(parameter, "_hp_grad"):
+            return parameter._hp_grad  # type: ignore[attr-defined]
+        assert parameter.grad is not None
+        return parameter.grad
+
+    # Norm, clipping, step ------------------------------------------------------------------------------------------
+
+    def _clip_and_step(self, finite: bool) -> None:
+        """Scale the gradients to ``clip_grad`` and step; a step that is not finite only clears them."""
+        if self._partitioned:
+            self.deepspeed.step()  # clips and skips by _scaled_global_norm, and moves the loss scale
+        elif finite:
+            limit = self.recipe.optimizer.clip_grad
+            coefficient = limit / (self._norm + 1e-6) if limit > 0 else 1.0
+            if coefficient < 1:
+                torch._foreach_mul_([gradient for gradient, _ in self._gradients()], coefficient)
+            self.deepspeed.step()
+        else:
+            self.optimizer.zero_grad()
+        self.gpt.zero_grad()
+
+    @property
+    def _partitioned(self) -> bool:
+        """Does DeepSpeed hold only this rank's partition of the reduced gradients (its fp32/fp16 ZeRO optimizer)?"""
+        return hasattr(self.optimizer, "averaged_gradients")
+
+    def _gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(reduced gradient or this rank's part of it, its parameter)."""
+        if self._partitioned:
+            for group, parameters in enumerate(self.optimizer.params_in_partition):
+                yield from zip(self.optimizer.averaged_gradients[group], parameters, strict=False)  # ends in padding
+        elif hasattr(self.optimizer, "fp32_groups_gradients"):
+            for gradients, parameters in zip(
+                self.optimizer.fp32_groups_gradients, self.optimizer.bf16_groups, strict=True
+            ):
+                yield from zip(gradients, parameters, strict=True)
+        else:
+            for parameter in self.gpt.parameters():
+                if parameter.grad is not None:
+                    yield parameter.grad, parameter
+
+    def _gradient_norm(self) -> float:
+        """sqrt of the sum of squares over the whole model, each weight once: one all-reduce over the world."""
+        dense = torch.zeros((), dtype=torch.float64)
+        experts = torch.zeros((), dtype=torch.float64)
+        for gradient, parameter in self._gradients():
+            if getattr(parameter, "ds_pipe_replicated", False):
+                continue
+            square = torch.linalg.vector_norm(gradient.float()).double().square()
+            if not getattr(parameter, "allreduce", True):
+                experts += square
+            elif getattr(parameter, "tensor_model_parallel", False) or self.topology.tp_rank == 0:
+                dense += square
+        if not self._partitioned:  # every data-parallel rank counted the same gradient
+            dense, experts = dense / self.topology.dp, experts / self.topology.expert_dp
+        return math.sqrt(self._all_reduce([(dense + experts).item()], None)[0])
+
+    def _scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """What DeepSpeed's ZeRO optimizer clips and checks by (still times the loss scale)."""
+        return torch.tensor(self._norm if math.isfinite(self._norm) else math.inf)
+
+    def _loss_scale(self) -> float:
+        return float(self.optimizer.loss_scale) if self.recipe.training.precision == "fp16" else 1.0
+
+    # Statistics ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _reports_loss(self) -> bool:
+        """One rank of each data-parallel replica adds its loss to the sums: the others hold none or the same."""
+        return self.topology.is_last_stage and self.topology.tp_rank == 0
+
+    def _loss_tokens(self, batches: list[Batch]) -> float:
+        """Tokens of the global batch that have a loss; 1 where every one is masked."""
+        own = sum(batch.loss_mask.sum().item() for batch in batches)
+        return max(self._all_reduce([own], self.topology.dp_group)[0], 1.0)
+
+    def _reduce_statistics(self, losses: list[Tensor], tokens: float) -> _Statistics:
+        """The global batch's statistics from every rank's part: one all-reduce over the world."""
+        model, moe = self.recipe.model, self.recipe.model.moe
+        names = [n for n, on in (("load_balance_loss", moe and moe.aux_loss_coefficient), ("z_loss", moe and moe.z_loss_coefficient)) if on]
+        counts = torch.zeros(model.num_layers, (moe.num_experts if moe else 0) + 1)
+        for layer, mixture in self._moe:
+            counts[layer] = mixture.router.counts
+        own_loss = sum(loss.item() for loss in losses) / tokens if self._reports_loss else 0.0
+        own_aux = [float(self.router_state.losses.get(name, 0.0)) / self.topology.dp for name in names]
+        loss, *rest = self._all_reduce([own_loss, *own_aux, *counts.flatten().tolist()], None)
+        counts = torch.tensor(rest[len(names) :], dtype=torch.float64).view(counts.shape).long()
+        return _Statistics(loss, dict(zip(names, rest, strict=False)), counts[:, :-1], int(counts[:, -1].sum()))
+
+    def _all_reduce(self, values: list[float], group: dist.ProcessGroup | None) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=platform.device())
+        dist.all_reduce(tensor, group=group)
+        return tensor.tolist()
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Of one global batch, the same on every rank."""
+
+    loss: float
+    aux_losses: dict[str, float]
+    expert_tokens: Tensor  # [layers, experts] int64
+    dropped: int
+
+
+def parameter_groups(gpt: GPTModel, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: decayed matrices and undecayed vectors; experts apart, as DeepSpeed reduces them elsewhere."""
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for parameter in gpt.parameters():
+        decayed, expert = parameter.dim() > 1, not getattr(parameter, "allreduce", True)
+        if (decayed, expert) not in groups:
+            moe = {"moe": True, "name": parameter.group_name} if expert else {}
+            groups[decayed, expert] = {"params": [], "weight_decay": weight_decay if decayed else 0.0, **moe}
+        groups[decayed, expert]["params"].append(parameter)
+    return list(groups.values())
+
+
+def deepspeed_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
+    """The one place where the recipe becomes DeepSpeed's configuration.
+
+    Accumulation is the schedule's and the learning rate the loop's, so DeepSpeed sees one batch per step.
+    """
+    training = recipe.training
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": training.global_batch_size // topology.dp,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": recipe.parallel.zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,  # false averages expert gradients over the wrong group (ZeRO-1, ep > 1)
+            "reduce_scatter": True,
+            "reduce_bucket_size": 2**24,  # elements; DeepSpeed allocates the whole bucket
+            "allgather_bucket_size": 2**24,
+        },
+    }
+    if training.precision == "bf16":
+        # Master weights, moments and accumulated gradients in fp32; gradients are added there as backward makes them.
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif training.precision == "fp16":
+        config["fp16"] = {
+            "enabled": True,
+            "initial_scale_power": round(math.log2(training.loss_scale)),
+            "loss_scale_window": training.loss_scale_window,
+            "hysteresis": 1,
+        }
+    if recipe.parallel.zero_stage == 1 and training.precision != "bf16":
+        config["gradient_clipping"] = recipe.optimizer.clip_grad
+    return config

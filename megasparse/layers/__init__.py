@@ -1,0 +1,1 @@
+"""What plugs into megatron-core's slots: norms, core attention, router, mixture of experts."""

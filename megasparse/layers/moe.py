@@ -1,0 +1,181 @@
+"""The mixture of experts for mcore's ``mlp`` slot: router, all-to-all over DeepSpeed's expert group, experts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn as nn
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_experts_for_rank,
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+)
+from deepspeed.checkpoint.constants import (
+    AFFINE_MAP,
+    AUTOEP_EXPERT_PLACEMENT,
+    AUTOEP_PARAM_EP_RANK,
+    AUTOEP_PARAM_LOCAL_EXPERTS,
+    AUTOEP_PARAM_LOGICAL_SHAPE,
+    DS_AUTOEP_UC_META,
+)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
+from deepspeed.moe.ep_experts import GroupedExperts
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+
+from megasparse.config import MoE
+from megasparse.layers.attention import post_norm
+from megasparse.layers.router import Router, RouterState
+from megasparse.ops import experts as ops
+from megasparse.topology import Topology
+
+
+class MoELayer(AutoEPMoELayer):
+    """Top-k mixture of SwiGLU experts, split over the expert-parallel group, dropless or with a capacity.
+
+    A DeepSpeed AutoEPMoELayer by type, so that its engine averages, clips, partitions and saves the experts over
+    their own data-parallel group; routing, dispatch and arithmetic are ours.
+    """
+
+    def __init__(self, config: Any, moe: MoE, topology: Topology, state: RouterState, submodules: Any = None) -> None:
+        nn.Module.__init__(self)  # AutoEPMoELayer's own constructor wraps a Hugging Face block
+        self.config, self.moe, self.topology = config, moe, topology
+        self.router = Router(config, moe, state, topology.tp_group)
+        self.num_experts, self.num_local_experts = moe.num_experts, moe.num_experts // topology.ep
+        self.ep_size, self.ep_rank, self.ep_group = topology.ep, topology.ep_rank, topology.ep_group
+        self.ep_group_name = f"ep_size_{topology.ep}"
+        self.experts = GroupedExperts(
+            config.hidden_size, moe.ffn_hidden_size, self.num_local_experts, use_grouped_mm=False
+        ).to(config.params_dtype)
+        self.shared_experts = shared_experts(config, moe) if moe.shared_expert_ffn_hidden_size else None
+        self._describe_experts()
+
+    def set_layer_number(self, layer_number: int) -> None:
+        self.router.layer_number = layer_number
+
+    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+        """Groups are topology's; DeepSpeed need not choose them."""
+
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+        """[seq, batch, hidden] -> the same shape, and no bias.
+
+        mcore hands ``padding_mask`` through untouched to this layer: it carries each token's number in the run,
+        int64 [batch, seq].
+        """
+        split = self.topology.tp > 1 and not self.config.sequence_parallel
+        local = scatter_to_sequence_parallel_region(hidden_states) if split else hidden_states
+        seq, batch, hidden = local.shape
+        x = local.reshape(seq * batch, hidden)
+        routed = self.router(x, self._token_index(padding_mask, seq, batch))
+        y = self._experts(x, routed.weights, routed.experts, routed.keep)
+        if routed.loss is not None:
+            y = MoEAuxLossAutoScaler.apply(y, routed.loss)
+        output = y.view(seq, batch, hidden)
+        if split:
+            output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)[0]
+        return output, None
+
+    def _token_index(self, token_index: Tensor | None, seq: int, batch: int) -> Tensor:
+        """This rank's tokens' numbers, [seq * batch] in the order of the flattened hidden states."""
+        if token_index is None:  # generation: any distinct numbers do
+            total = seq * self.topology.tp
+            token_index = torch.arange(batch * total, device=self.router.weight.device).view(batch, total)
+        if token_index.shape[1] != seq:
+            token_index = token_index[:, self.topology.tp_rank * seq :][:, :seq]
+        return token_index.t().reshape(-1)
+
+    def _experts(self, x: Tensor, weights: Tensor, experts: Tensor, keep: Tensor | None) -> Tensor:
+        """[tokens, hidden] -> [tokens, hidden]: to the experts' ranks, through the experts, back, weighted sum."""
+        order, counts = ops.sort_by_expert(experts, self.num_experts, keep)
+        rows = ops.gather(x, order, self.moe.top_k)
+        if self.ep_size == 1:
+            return ops.combine(self._compute(rows, counts), order, weights)
+        plan = compute_split_plan(
+            experts, self.num_experts, self.ep_size, self.num_local_experts, self.ep_group, counts.int()
+        )
+        rows = _AllToAllV.apply(self.ep_group, rows, plan.input_splits, plan.output_splits)
+        to_experts, to_sources = local_expert_order(plan.local_counts_by_source)
+        rows = self._compute(rows.index_select(0, to_experts), plan.local_counts_by_source.sum(0))
+        rows = _AllToAllV.apply(
+            self.ep_group, rows.index_select(0, to_sources), plan.output_splits, plan.input_splits
+        )
+        return ops.combine(rows, order, weights)
+
+    def _compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        return ops.grouped_swiglu(rows, counts, self.experts.w1, self.experts.w2, self.experts.w3)
+
+    def _describe_experts(self) -> None:
+        """What DeepSpeed must know of the expert weights: they are averaged over the expert-data-parallel group,
+        count once in the norm on every tensor-parallel rank, and are saved one file an expert."""
+        placement = legacy_uniform_autoep_placement_descriptor(self.num_experts, self.num_local_experts, self.ep_size)
+        self.expert_placement_descriptor = placement
+        for weight in self.experts.parameters():
+            shape = [self.num_experts, *weight.shape[1:]]
+            weight.allreduce = False  # type: ignore[attr-defined]
+            weight.group_name = self.ep_group_name  # type: ignore[attr-defined]
+            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+            weight.partition_dim, weight.partition_stride = 0, 1  # type: ignore[attr-defined]
+            metadata = {
+                AUTOEP_EXPERT_PLACEMENT: placement,
+                AFFINE_MAP: autoep_placement_to_affine_map(placement, shape).to_dict(),
+                AUTOEP_PARAM_LOGICAL_SHAPE: shape,
+                AUTOEP_PARAM_EP_RANK: self.ep_rank,
+                AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, self.ep_rank)),
+            }
+            setattr(weight, DS_AUTOEP_UC_META, metadata)
+
+
+def local_expert_order(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as they arrive, by source rank then expert, to by expert then source, and back.
+
+    counts: rows from each source rank for each local expert, [ep, local experts]. Returns two permutations [rows].
+    """
+    sources, local_experts = counts.shape
+    expert_of_row = torch.arange(local_experts, device=counts.device).repeat(sources)
+    expert_of_row = expert_of_row.repeat_interleave(counts.reshape(-1).long())
+    forward = torch.argsort(expert_of_row, stable=True)
+    backward = torch.empty_like(forward)
+    backward[forward] = torch.arange(len(forward), device=forward.device)
+    return forward, backward
+
+
+def shared_experts(config: Any, moe: MoE) -> MLP:
+    """A dense SwiGLU that every token goes through, beside the routed experts (DeepSeekMoE)."""
+    config = copy.copy(config)  # mcore's MLP takes fc2's width from the config, whatever ffn_hidden_size it is given
+    config.ffn_hidden_size = moe.shared_expert_ffn_hidden_size
+    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return MLP(config, submodules, ffn_hidden_size=moe.shared_expert_ffn_hidden_size)
+
+
+class PostNormMLP(MLP):
+    """A dense MLP whose output is normed before the residual is added (OLMo2)."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.post_layernorm = post_norm(config)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        output, bias = super().forward(*args, **kwargs)
+        return self.post_layernorm(output if bias is None else output + bias), None
+
+
+class PostNormMoELayer(MoELayer):
+    """A mixture of experts whose output is normed before the residual is added."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.post_layernorm = post_norm(config)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        output, _ = super().forward(*args, **kwargs)
+        return self.post_layernorm(output), None

@@ -1,0 +1,434 @@
+"""What a run costs and how it goes: parameters, FLOPs, the device's rate; metrics.jsonl, TensorBoard, wandb, screen."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform as host
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+
+from megasparse import platform
+from megasparse.config import Model, Recipe, dump_recipe
+from megasparse.files import write_atomic, written_aside
+
+logger = logging.getLogger("megasparse")
+
+# Dense peak rates of NVIDIA's data sheets, without sparsity; float32 without TF32, as torch computes by default.
+H100_SXM = {torch.bfloat16: 989.4e12, torch.float16: 989.4e12, torch.float32: 66.9e12}
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": H100_SXM, "NVIDIA H200": H100_SXM}
+
+
+class Parameters(NamedTuple):
+    """Weights of the whole model."""
+
+    total: int
+    active: int  # used by one token: top_k of num_experts experts, everything else
+
+
+def parameter_count(model: Model, vocab_size: int, seq_length: int) -> Parameters:
+    """Weights of the model, embeddings included; a tied embedding counts once.
+
+    ``seq_length`` is the size of a learned position table whose size the recipe leaves open.
+    """
+    hidden, head = model.hidden_size, model.head_size
+    query, key_value = head * model.num_attention_heads, head * model.kv_heads
+    norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
+    qk_norm = {"none": 0, "head": 2 * head, "full": query + key_value}[model.qk_norm]
+    attention = 2 * hidden * (query + key_value) + 2 * norm + qk_norm
+    if model.bias != "none":
+        attention += query + 2 * key_value
+    matrices = 3 if model.activation == "swiglu" else 2
+    dense = matrices * hidden * model.ffn_size
+    if model.bias == "all":
+        attention += hidden
+        dense += (matrices - 1) * model.ffn_size + hidden
+
+    embeddings = vocab_size * hidden * (1 if model.tie_embeddings else 2)
+    if model.position_embedding == "learned":
+        embeddings += (model.max_position_embeddings or seq_length) * hidden
+    sparse_layers = sum(model.moe_layers)
+    total = embeddings + norm + model.num_layers * attention + (model.num_layers - sparse_layers) * dense
+    active = total
+    if moe := model.moe:
+        expert = 3 * hidden * moe.ffn_hidden_size
+        every_token = hidden * moe.num_experts + 3 * hidden * moe.shared_expert_ffn_hidden_size
+        total += sparse_layers * (every_token + moe.num_experts * expert)
+        active += sparse_layers * (every_token + moe.top_k * expert)
+    return Parameters(total, active)
+
+
+def flops_per_token(model: Model, vocab_size: int, seq_length: int) -> float:
+    """Floating-point operations of one token's forward and backward pass: matrix products, a multiply-add is two.
+
+    Backward is twice forward; recomputation does not count (PaLM's model FLOPs). Attention is counted as causal: a
+    token sees (seq_length + 1) / 2 positions on average, documents not separated. Of the experts, top_k count, tokens
+    dropped over capacity included.
+    """
+    hidden = model.hidden_size
+    query, key_value = model.head_size * model.num_attention_heads, model.head_size * model.kv_heads
+    projections = 2 * hidden * (query + key_value)
+    scores_and_values = 2 * query * (seq_length + 1) / 2
+    dense = (3 if model.activation == "swiglu" else 2) * hidden * model.ffn_size
+    sparse_layers = sum(model.moe_layers)
+    multiply_adds = vocab_size * hidden + model.num_layers * (projections + scores_and_values)
+    multiply_adds += (model.num_layers - sparse_layers) * dense
+    if moe := model.moe:
+        experts = moe.top_k * moe.ffn_hidden_size + moe.shared_expert_ffn_hidden_size
+        multiply_adds += sparse_layers * (hidden * moe.num_experts + 3 * hidden * experts)
+    return 3 * 2 * multiply_adds
+
+
+def matmul_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of this process's device at matrix products: the denominator of MFU.
+
+    The data sheet's peak of a GPU in PEAK_FLOPS; else measured here with this process's threads, as the median rate
+    of square products, 1024 wide unless those are too slow, over ``seconds``. Ranks that share a host measure at the same time, so that the sum over
+    ranks is what the host can do: call it on all of them at once, then add up.
+    """
+    device = platform.device()
+    if device.type == "cuda":
+        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device), {}).get(dtype)
+        if peak is not None:
+            return peak
+    size = 64
+    while size < 1024 and _matmul_seconds(size, dtype, device) < seconds / 20:
+        size *= 2
+    durations = []
+    end = time.perf_counter() + seconds
+    while not durations or time.perf_counter() < end:
+        durations.append(_matmul_seconds(size, dtype, device))
+    return 2 * size**3 / sorted(durations)[len(durations) // 2]
+
+
+def _matmul_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    start = time.perf_counter()
+    torch.mm(a, b)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class MetricsLogger:
+    """Rank 0's record of a run; on other ranks every method does nothing.
+
+    ``metrics.jsonl`` has one JSON object a step: ``step``, the metrics, and under ``timing`` everything that depends on
+    the clock, so that the rest is the same to the bit in a run that was killed and resumed. A value that is not
+    finite is null there. The console shows a progress bar, or a plain line every ``log_interval`` steps where the
+    output is not a terminal. Names it knows: ``loss``, ``learning_rate``, ``grad_norm``, ``expert_load``,
+    ``dropped_fraction``; timing's ``tokens_per_second`` and ``mfu``. All are optional.
+    """
+
+    def __init__(self, run_dir: Path, recipe: Recipe, first_step: int = 1, rank: int = 0) -> None:
+        """``first_step`` is the number of the next step (from 1): what a killed run had recorded from there on is
+        removed, for it is about to be done again."""
+        self.active = rank == 0
+        if not self.active:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        kept = [record for record in read_metrics(run_dir) if record["step"] < first_step]
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a")
+        self._tensorboard = _tensorboard(run_dir, first_step) if recipe.logging.tensorboard else None
+        self._wandb = _Wandb(run_dir, recipe)
+        self._console = _Console(recipe.training.steps, first_step, recipe.logging.log_interval)
+
+    def log(self, step: int, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> None:
+        """Record step number ``step``. Values are numbers, or (lists of) numbers for metrics.jsonl alone."""
+        if not self.active:
+            return
+        record = {"step": step, **metrics, "timing": dict(timing)}
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+        scalars = {key: value for key, value in {**metrics, **timing}.items() if isinstance(value, int | float)}
+        if self._tensorboard is not None:
+            for key, value in scalars.items():
+                self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard.flush()
+        self._wandb.log({"step": step, **scalars})
+        self._console.update(step, scalars)
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        if self.active:
+            self._console.say(message)
+
+    def close(self) -> None:
+        """Write out what is buffered; wandb gets at most a minute."""
+        if not self.active:
+            return
+        self._console.close()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._wandb.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl in order; a last line cut short by a kill is left out. Empty if there is none."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut short
+    return [json.loads(line) for line in lines]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan or infinity: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def _tensorboard(run_dir: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+
+class _Wandb:
+    """Weights & Biases, which may slow down or stop a run for nothing: its failures are a warning.
+
+    WANDB_MODE (online, offline, disabled) goes before the recipe. A resumed run continues under the same id.
+    """
+
+    def __init__(self, run_dir: Path, recipe: Recipe) -> None:
+        self.run: Any = None
+        mode = os.environ.get("WANDB_MODE", recipe.logging.wandb)
+        if mode == "disabled":
+            return
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            write_atomic(id_file, secrets.token_hex(4))
+        for attempt in dict.fromkeys([mode, "offline"]):
+            try:
+                self.run = self._init(run_dir, recipe, attempt, id_file.read_text())
+                return
+            except Exception as error:  # noqa: BLE001  # whatever it is, the run goes on
+                logger.warning("wandb (%s) does not start: %s", attempt, str(error).partition("\n")[0])
+
+    @staticmethod
+    def _init(run_dir: Path, recipe: Recipe, mode: Any, run_id: str) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=20,
+            login_timeout=1,
+            finish_timeout=60,
+            finish_timeout_raises=False,
+            disable_git=True,
+            disable_code=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+        )
+        run = wandb.init(
+            project=recipe.logging.wandb_project,
+            name=recipe.name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            dir=run_dir,
+            config=recipe.model_dump(mode="json"),
+            settings=settings,
+        )
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def log(self, values: dict[str, Any]) -> None:
+        self._try(lambda: self.run.log(values))
+
+    def close(self) -> None:
+        self._try(lambda: self.run.finish())
+
+    def _try(self, call: Any) -> None:
+        if self.run is None:
+            return
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001  # whatever it is, the run goes on
+            logger.warning("wandb stops: %s", str(error).partition("\n")[0])
+            self.run = None
+
+
+@dataclass
+class _Shown:
+    """How the console writes one metric."""
+
+    key: str
+    label: str
+    format: str
+    scale: float = 1.0
+
+
+SHOWN = [
+    _Shown("loss", "loss", "{:.4f}"),
+    _Shown("learning_rate", "lr", "{:.2e}"),
+    _Shown("grad_norm", "norm", "{:.2f}"),
+    _Shown("expert_load", "load", "{:.2f}"),
+    _Shown("dropped_fraction", "dropped", "{:.1f}%", 100),
+    _Shown("tokens_per_second", "tok/s", "{:,.0f}"),
+    _Shown("mfu", "mfu", "{:.1f}%", 100),
+]
+
+
+class _Console:
+    """A progress bar with the last step's figures on a terminal; elsewhere a line every ``log_interval`` steps."""
+
+    def __init__(self, steps: int, first_step: int, log_interval: int) -> None:
+        self.steps, self.first_step, self.log_interval = steps, first_step, log_interval
+        self.started = time.monotonic()
+        self.console = Console(highlight=False)
+        self.bar = ProgressBar(total=steps, completed=first_step - 1, width=30)
+        self.live = Live(console=self.console, auto_refresh=False)
+        if self.console.is_terminal:
+            self.live.start()
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        figures = [
+            f"{item.label} {item.format.format(item.scale * values[item.key])}" for item in SHOWN if item.key in values
+        ]
+        done = step - self.first_step + 1
+        eta = (time.monotonic() - self.started) / done * (self.steps - step)
+        place, left = f"step {step}/{self.steps}", f"eta {_clock(eta)}"
+        if self.console.is_terminal:
+            self.bar.update(completed=step)
+            self.live.update(Group(Columns([place, self.bar, left], padding=(0, 2)), "  ".join(figures)), refresh=True)
+        elif step % self.log_interval == 0 or step in (self.first_step, self.steps):
+            print(" | ".join([place, *figures, left]), flush=True)
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self.live.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def plot_loss(run_dir: Path) -> Path:
+    """Draw the run from metrics.jsonl into ``loss.png``: loss with validation, learning rate, expert load.
+
+    Raises ValueError if no step is recorded.
+    """
+    records = read_metrics(run_dir)
+    if not records:
+        raise ValueError(f"{run_dir / 'metrics.jsonl'} has no step to plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    def series(key: str) -> tuple[list[int], list[float]]:
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    panels = [key for key in ("learning_rate", "expert_load") if series(key)[0]]
+    figure = Figure(figsize=(9, 4 + 1.4 * len(panels)), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1 + len(panels), sharex=True, height_ratios=[4] + [1.2] * len(panels), squeeze=False)[:, 0]
+    steps, loss = series("loss")
+    axes[0].plot(steps, loss, color="#9ecae1", linewidth=0.8, label="training")
+    axes[0].plot(steps, _smooth(loss), color="#08519c", linewidth=1.8, label="training, smoothed")
+    steps, loss = series("validation_loss")
+    if loss:
+        label = f"validation, last {loss[-1]:.4f}"
+        axes[0].plot(steps, loss, "o-", color="#d95f0e", markersize=5, linewidth=1.2, label=label)
+    axes[0].set_ylabel("loss (nats/token)")
+    axes[0].legend(frameon=False)
+    axes[0].set_title(run_dir.name, loc="left")
+    for axis, key in zip(axes[1:], panels, strict=True):
+        steps, values = series(key)
+        axis.plot(steps, values, color="#08519c" if key == "learning_rate" else "#31a354", linewidth=1.2)
+        axis.set_ylabel("learning rate" if key == "learning_rate" else "expert load\nmax / mean")
+        axis.set_ylim(bottom=0 if key == "learning_rate" else 1)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.01)
+    axes[-1].set_xlabel("step")
+    with written_aside(run_dir / "loss.png") as aside:
+        figure.savefig(aside, format="png")
+    return run_dir / "loss.png"
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential moving average over about a 50th of the values, without the bias towards the first."""
+    keep = 1 - 1 / max(1.0, len(values) / 50)
+    average, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(average / weight)
+    return smoothed
+
+
+def write_environment(run_dir: Path, recipe: Recipe) -> None:
+    """Make the run folder describe itself: ``recipe.yaml``, fully resolved, and ``environment.json``, a list with the
+    command, versions, git commit and machine of each launch, the first run's and every resumption's."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(run_dir / "recipe.yaml", dump_recipe(recipe))
+    path = run_dir / "environment.json"
+    launches = json.loads(path.read_text()) if path.exists() else []
+    write_atomic(path, json.dumps([*launches, _environment()], indent=1) + "\n")
+
+
+def _environment() -> dict[str, Any]:
+    packages = ["megasparse", "torch", "megatron-core", "deepspeed", "transformers", "tokenizers", "sentencepiece"]
+    device = platform.device()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "commit": _git_commit(),
+        "python": host.python_version(),
+        "packages": {name: _package_version(name) for name in [*packages, "numpy", "triton", "transformer-engine"]},
+        "system": host.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else host.processor() or host.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, with ``-dirty`` if tracked files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")

@@ -1,0 +1,38 @@
+"""Learning rate as a pure function of tokens seen: nothing to save, and the same under any layout and batch size."""
+
+from __future__ import annotations
+
+import math
+
+from megasparse.config import Optimizer, Schedule
+
+
+def learning_rate(tokens: int, optimizer: Optimizer, schedule: Schedule, total_tokens: int) -> float:
+    """The rate of the step that ends with ``tokens`` tokens seen in all, of a run of ``total_tokens``.
+
+    Counting at the step's end, the first step of a warm-up has a rate above zero, the step that completes
+    ``warmup_tokens`` has the peak, and the last step has exactly ``min_lr_ratio * lr``. With p the progress from the
+    warm-up's end (0) to the run's end (1), the fraction of the way from the least rate to the peak is
+
+        cosine:   (1 + cos(pi p)) / 2        linear:  1 - p        constant:  1
+        wsd:      1 until the last ``decay_tokens`` tokens, then linear to 0 (Hu et al. 2024, MiniCPM)
+
+    These are the shapes of Megatron-LM's OptimizerParamScheduler, which counts at the step's start. Past
+    ``total_tokens`` the last rate stays.
+    """
+    peak, warmup = optimizer.lr, schedule.warmup_tokens
+    if tokens < warmup:
+        return peak * (tokens / warmup)
+    after_warmup = min(tokens, total_tokens) - warmup
+    progress = after_warmup / (total_tokens - warmup) if total_tokens > warmup else 0.0
+    match schedule.type:
+        case "constant":
+            fraction = 1.0
+        case "linear":
+            fraction = 1.0 - progress
+        case "cosine":
+            fraction = (1.0 + math.cos(math.pi * progress)) / 2
+        case "wsd":
+            remaining = max(total_tokens - tokens, 0)
+            fraction = min(1.0, remaining / schedule.decay_tokens) if schedule.decay_tokens else 1.0
+    return peak * (schedule.min_lr_ratio + (1.0 - schedule.min_lr_ratio) * fraction)

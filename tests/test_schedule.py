@@ -1,0 +1,97 @@
+"""The learning rate against transformers' and torch's schedulers and its own end points."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
+
+from megasparse.config import Optimizer, Schedule
+from megasparse.schedule import learning_rate
+
+TOKENS_PER_STEP = 1024
+STEPS, WARMUP, DECAY = 200, 20, 50
+PEAK = 3e-4
+
+
+def rates(kind: str, warmup: int = WARMUP, ratio: float = 0.1, steps: int = STEPS) -> list[float]:
+    schedule = Schedule(
+        type=kind,
+        warmup_tokens=warmup * TOKENS_PER_STEP,
+        decay_tokens=DECAY * TOKENS_PER_STEP if kind == "wsd" else 0,
+        min_lr_ratio=ratio,
+    )
+    total = STEPS * TOKENS_PER_STEP
+    return [learning_rate((i + 1) * TOKENS_PER_STEP, Optimizer(lr=PEAK), schedule, total) for i in range(steps)]
+
+
+def scheduler_rates(make) -> list[float]:
+    """What a torch scheduler gives at counts 1..STEPS: it counts steps done, we count tokens at the step's end."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
+    scheduler = make(optimizer)
+    values = []
+    for _ in range(STEPS):
+        optimizer.step()
+        scheduler.step()
+        values.append(scheduler.get_last_lr()[0])
+    return values
+
+
+def test_cosine_is_transformers_cosine():
+    expected = scheduler_rates(lambda o: get_cosine_with_min_lr_schedule_with_warmup(o, WARMUP, STEPS, min_lr_rate=0.1))
+    assert rates("cosine") == pytest.approx(expected, rel=1e-12)
+
+
+def test_wsd_is_transformers_wsd_with_linear_decay():
+    expected = scheduler_rates(
+        lambda o: get_wsd_schedule(
+            o, WARMUP, DECAY, num_training_steps=STEPS, decay_type="linear", min_lr_ratio=0.1, warmup_type="linear"
+        )
+    )
+    # transformers raises its warm-up to start from the least rate too: compared from the peak on
+    assert rates("wsd")[WARMUP - 1 :] == pytest.approx(expected[WARMUP - 1 :], rel=1e-12)
+
+
+def test_linear_is_torch_linear():
+    def make(optimizer):
+        warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-12, 1.0, WARMUP)
+        down = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS - WARMUP)
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, down], [WARMUP])
+
+    assert rates("linear") == pytest.approx(scheduler_rates(make), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "linear", "constant"])
+def test_end_points(kind: str):
+    values = rates(kind)
+    assert values[0] == pytest.approx(PEAK / WARMUP), "the first step learns"
+    assert values[WARMUP - 1] == PEAK, "the step that completes the warm-up has the peak"
+    assert values[-1] == pytest.approx(PEAK if kind == "constant" else 0.1 * PEAK, rel=1e-12)
+    assert values[:WARMUP] == sorted(set(values[:WARMUP]))
+    assert values[WARMUP:] == sorted(values[WARMUP:], reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "linear", "constant"])
+def test_stays_at_the_end_beyond_the_budget(kind: str):
+    values = rates(kind, steps=STEPS + 10)
+    assert set(values[STEPS:]) == {values[STEPS - 1]}
+
+
+def test_warmup_may_take_the_whole_run():
+    values = rates("cosine", warmup=STEPS)
+    assert values[0] == pytest.approx(PEAK / STEPS)
+    assert values[-1] == PEAK
+
+
+def test_no_warmup_and_decay_to_zero():
+    values = rates("linear", warmup=0, ratio=0.0)
+    assert values[0] == pytest.approx(PEAK * (1 - 1 / STEPS))
+    assert values[-1] == 0.0
+
+
+def test_depends_on_tokens_alone():
+    """Twice the batch: every rate of the half as many steps is one of the smaller batch's."""
+    schedule, total = Schedule(type="cosine", warmup_tokens=4096), 65536
+    small = [learning_rate(t, Optimizer(), schedule, total) for t in range(1024, total + 1, 1024)]
+    large = [learning_rate(t, Optimizer(), schedule, total) for t in range(2048, total + 1, 2048)]
+    assert large == small[1::2]
