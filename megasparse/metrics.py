@@ -367,6 +367,7 @@ def plot_loss(run_dir: Path) -> Path:
         axis.plot(steps, values, color="#08519c" if key == "learning_rate" else "#31a354", linewidth=1.2)
         axis.set_ylabel("learning rate" if key == "learning_rate" else "expert load\nmax / mean")
         axis.set_ylim(bottom=0 if key == "learning_rate" else 1)
+        axis.ticklabel_format(axis="y", scilimits=(-3, 3))
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -378,12 +379,13 @@ def plot_loss(run_dir: Path) -> Path:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Exponential moving average over about a 50th of the values, without the bias towards the first."""
-    keep = 1 - 1 / max(1.0, len(values) / 50)
-    average, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(average / weight)
+    """Mean over a 25th of the values around each; narrower near the ends, so that it lags nowhere."""
+    reach = len(values) // 50
+    smoothed = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        window = values[i - near : i + near + 1]
+        smoothed.append(sum(window) / len(window))
     return smoothed
 
 

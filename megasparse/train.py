@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megasparse import platform, topology
 from megasparse.checkpoint import native
@@ -17,9 +19,21 @@ from megasparse.data.loader import TrainingData, ValidationWindows
 from megasparse.engine import Engine, StepResult
 from megasparse.generate import generate
 from megasparse.layers.router import largest_load
-from megasparse.metrics import MetricsLogger, flops_per_token, matmul_flops, parameter_count, plot_loss, write_environment
+from megasparse.metrics import (
+    MetricsLogger,
+    flops_per_token,
+    matmul_flops,
+    parameter_count,
+    plot_loss,
+    read_metrics,
+    write_environment,
+)
 from megasparse.model import build_model
 from megasparse.schedule import learning_rate
+from megasparse.topology import Topology
+
+SAMPLE_TOKENS = 120
+FINAL_OVERLAP = 4  # the last evaluation's windows advance by seq_length / 4: each token has 3/4 of one as context
 
 
 def train(recipe: Recipe, run_dir: Path, resume: bool = False) -> None:
@@ -32,4 +46,174 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     recipe.data_parallel_size(world_size)
     data = TrainingData(recipe.data, training.seed)
-    checkpoint = checkpoint_to_resume(run_dir, resume, recipe, world_size, data)
+    validation = ValidationWindows(recipe.data)
+    vocab_size = vocabulary(recipe, data.vocab_size)
+    checkpoint = checkpoint_to_resume(run_dir, resume, recipe, world_size, data.fingerprint)
+
+    parallel = recipe.parallel
+    place = topology.initialize(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel, training.seed)
+    gpt, router_state = build_model(recipe, place, vocab_size)
+    engine = Engine(recipe, place, gpt, router_state)
+    first_step = native.load(engine, checkpoint) if checkpoint else 0
+    if place.rank == 0:
+        write_environment(run_dir, recipe)
+    log = MetricsLogger(run_dir, recipe, first_step + 1, place.rank)
+    announce(log, recipe, place, vocab_size, checkpoint)
+    speed = Speed.measure(recipe, place, vocab_size)
+
+    skipped_in_a_row = 0
+    for step in range(first_step, training.steps):
+        started = time.perf_counter()
+        batches = data.step(
+            step * training.global_batch_size,
+            training.global_batch_size,
+            training.micro_batch_size,
+            place.dp_rank,
+            place.dp,
+        )
+        tokens_seen = (step + 1) * recipe.tokens_per_step
+        rate = learning_rate(tokens_seen, recipe.optimizer, recipe.schedule, recipe.total_tokens)
+        result = engine.train_step(batches, step, rate)
+        metrics = step_metrics(result, rate, tokens_seen)
+        timing = speed.timing(time.perf_counter() - started)
+
+        done, last = step + 1, step + 1 == training.steps
+        if not last and due(done, training.eval_interval):
+            windows = validation.batches(training.micro_batch_size, place.dp_rank, place.dp, training.eval_tokens)
+            nats, tokens = engine.evaluate(windows)
+            metrics["validation_loss"] = nats / tokens
+        if last:
+            metrics |= final_evaluation(engine, recipe, place, log)
+        log.log(done, metrics, timing)
+        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        if skipped_in_a_row == training.max_skipped_steps:
+            raise ValueError(
+                f"{skipped_in_a_row} steps in a row had a loss or gradient norm that was not finite, the last was step "
+                f"{done}: lower optimizer.lr={recipe.optimizer.lr} or resume from an earlier checkpoint"
+            )
+        if last or due(done, training.save_interval):
+            native.save(
+                engine, run_dir / "checkpoints", recipe, done, data.fingerprint, training.keep_checkpoints
+            )
+    report(log, engine, recipe, place, data, run_dir)
+    log.close()
+    dist.barrier()
+
+
+def vocabulary(recipe: Recipe, tokenizer_size: int) -> int:
+    """Rows of the embedding: the recipe's, if it says so, and at least the tokenizer's."""
+    size = recipe.model.vocab_size
+    if size is not None and size < tokenizer_size:
+        raise ValueError(f"model.vocab_size={size} is less than the tokenizer's {tokenizer_size} tokens: raise it")
+    return size or tokenizer_size
+
+
+def checkpoint_to_resume(
+    run_dir: Path, resume: bool, recipe: Recipe, world_size: int, fingerprint: str
+) -> Path | None:
+    """The checkpoint to go on from (None: start anew), checked against the recipe."""
+    checkpoint = native.latest(run_dir / "checkpoints")
+    if not resume:
+        if checkpoint is not None:
+            raise ValueError(f"{run_dir} holds a run already ({checkpoint.name}): add --resume or choose --run-dir")
+        return None
+    if checkpoint is None:
+        raise ValueError(f"--resume: no checkpoint in {run_dir / 'checkpoints'}: start without --resume")
+    native.check_resumable(checkpoint, recipe, world_size, fingerprint)
+    return checkpoint
+
+
+def due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def step_metrics(result: StepResult, rate: float, tokens_seen: int) -> dict[str, Any]:
+    """What a step's record holds: nothing in it depends on the clock."""
+    metrics: dict[str, Any] = {
+        "loss": result.loss,
+        "learning_rate": rate,
+        "grad_norm": result.grad_norm,
+        "tokens": tokens_seen,
+        **result.aux_losses,
+    }
+    if len(result.expert_tokens):
+        metrics["expert_load"] = largest_load(result.expert_tokens)
+        metrics["dropped_fraction"] = result.dropped_fraction
+    if result.skipped:
+        metrics["skipped"] = 1
+    if result.loss_scale != 1.0:
+        metrics["loss_scale"] = result.loss_scale
+    return metrics
+
+
+@dataclass
+class Speed:
+    """Tokens per second, and the share of the devices' measured matrix-product rate that the model's FLOPs are."""
+
+    tokens_per_step: int
+    flops_per_token: float
+    device_flops: float  # FLOP/s of all ranks together
+
+    @staticmethod
+    def measure(recipe: Recipe, place: Topology, vocab_size: int) -> Speed:
+        dist.barrier()  # ranks that share a host measure together
+        rate = torch.tensor(matmul_flops(platform.DTYPES[recipe.training.precision]), device=platform.device())
+        dist.all_reduce(rate)
+        flops = flops_per_token(recipe.model, vocab_size, recipe.data.seq_length)
+        return Speed(recipe.tokens_per_step, flops, rate.item())
+
+    def timing(self, seconds: float) -> dict[str, float]:
+        rate = self.tokens_per_step / seconds
+        return {
+            "seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / self.device_flops,
+        }
+
+
+def announce(log: MetricsLogger, recipe: Recipe, place: Topology, vocab_size: int, checkpoint: Path | None) -> None:
+    total, active = parameter_count(recipe.model, vocab_size, recipe.data.seq_length)
+    log.say(
+        f"{recipe.name}: {total:,} parameters, {active:,} active per token; {place.layout} on {place.world_size} "
+        f"x {platform.device()}, {recipe.training.precision}, ZeRO-{recipe.parallel.zero_stage}; "
+        f"{recipe.training.steps} steps of {recipe.tokens_per_step:,} tokens"
+        + (f"; resumed from {checkpoint}" if checkpoint else "")
+    )
+
+
+def final_evaluation(engine: Engine, recipe: Recipe, place: Topology, log: MetricsLogger) -> dict[str, Any]:
+    """Every held-out token scored once: nats per token, bits per byte, and what gzip -9 and xz need for the same."""
+    log.say("evaluating on every held-out token")
+    windows = ValidationWindows(recipe.data, stride=max(1, recipe.data.seq_length // FINAL_OVERLAP))
+    nats, tokens = engine.evaluate(windows.batches(recipe.training.micro_batch_size, place.dp_rank, place.dp))
+    size = windows.utf8_bytes()
+    return {
+        "validation_loss": nats / tokens,
+        "validation_bits_per_byte": nats / math.log(2) / size,
+        "gzip9_bits_per_byte": 8 * windows.gzip9_bytes / size,
+        "xz_bits_per_byte": 8 * windows.xz_bytes / size,
+        "validation_bytes": size,
+    }
+
+
+def report(
+    log: MetricsLogger, engine: Engine, recipe: Recipe, place: Topology, data: TrainingData, run_dir: Path
+) -> None:
+    """What the user sees at the end: the score beside the compressors', a sample, the picture, how to go on."""
+    prompt = data.tokenizer.encode("def ")
+    tokens = generate(
+        engine.gpt, recipe, place, prompt, SAMPLE_TOKENS, temperature=0.8, seed=recipe.training.seed, stop=data.tokenizer.eod
+    )
+    if place.rank != 0:
+        return
+    log.say(f"\nsample: {data.tokenizer.decode(prompt + tokens)}\n")
+    final = read_metrics(run_dir)[-1]
+    log.say(
+        f"held-out text, {final['validation_bytes']:,} bytes: loss {final['validation_loss']:.4f} nats/token, "
+        f"{final['validation_bits_per_byte']:.3f} bits/byte "
+        f"(gzip -9 {final['gzip9_bits_per_byte']:.3f}, xz {final['xz_bits_per_byte']:.3f})"
+    )
+    log.say(f"loss curve: {plot_loss(run_dir)}")
+    launcher = "megasparse" if place.world_size == 1 else f"deepspeed --num_gpus {place.world_size} --module megasparse"
+    more = f"training.steps={2 * recipe.training.steps}"
+    log.say(f"to train on: {launcher} train {run_dir / 'recipe.yaml'} --run-dir {run_dir} --resume {more}")

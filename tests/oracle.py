@@ -42,6 +42,7 @@ def llama(**changes: object) -> LlamaForCausalLM:
         num_attention_heads=HEADS,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        rms_norm_eps=1e-5,
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)

@@ -121,13 +121,14 @@ class Blend:
         self._set_of = np.zeros(BLEND_BLOCK, dtype=np.int16)
         self._number_of = np.zeros(BLEND_BLOCK, dtype=np.int64)
         helpers.build_blending_indices(  # type: ignore[attr-defined]
-            self._set_of, self._number_of, shares, len(sets), BLEND_BLOCK, False
+            self._set_of, self._number_of, shares, len(shares), BLEND_BLOCK, False
         )
-        self.counts = np.bincount(self._set_of, minlength=len(sets))  # samples of each set in a block
-        for name, share, count in zip(names, shares, self.counts, strict=True):
-            if count == 0:
+        self.counts = np.bincount(self._set_of, minlength=len(shares))  # samples of each set in a block
+        for name, share in zip(names, shares, strict=True):
+            if share * BLEND_BLOCK < 1:
                 raise ValueError(
-                    f"data.sets: {name} has {share:.1e} of the weight, less than 1 sample in {BLEND_BLOCK}"
+                    f"data.sets: {name} has {share:.1e} of the weight, less than 1 sample in {BLEND_BLOCK}: "
+                    "raise its weight or leave it out"
                 )
 
     def __getitem__(self, number: int) -> NDArray[np.int64]:

@@ -101,7 +101,7 @@ def _prepare(config: PrepareConfig, console: Console) -> Manifest:
     dtype = DType.optimal_dtype(tokenizer.vocab_size).__name__
     (work / "shards").mkdir(exist_ok=True)
     stage = tokenise(corpus, work / "tokenizer", work / "shards", dtype, config.workers)
-    _show(stage, scan.characters, f"tokenising with {config.workers} process(es)", console)
+    _show(stage, scan.characters, f"tokenising, workers={config.workers}", console)
     console.print("merging")
     train = _merge(work, "train", dtype)
     validation = None

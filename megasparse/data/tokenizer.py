@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Lossless if trained by ``train_sentencepiece``, except U+2581 and NUL, read as spaces."""
+    """A SentencePiece model. Lossless if trained by ``train_sentencepiece``, but for U+2581, given back as a space."""
 
     def __init__(self, model: bytes, source: str) -> None:
         self._model = model

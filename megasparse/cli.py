@@ -1,0 +1,149 @@
+"""The command line: parse, call, print. Heavy imports wait inside the verbs, so that help is immediate."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megasparse import __version__
+
+PACKAGE = Path(__file__).parent
+RANK_0_SECONDS = 10.0  # how long another rank leaves it to rank 0 to report an error
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def main() -> None:
+    """Run the command line. A ValueError of ours is the user's to mend: one line on stderr and exit status 2."""
+    try:
+        app()
+    except ValueError as error:
+        if not _raised_here(error):
+            raise
+        _report(" ".join(str(error).split()))
+        sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"megasparse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    local_rank: Annotated[
+        int, typer.Option("--local_rank", hidden=True, help="Passed by the deepspeed launcher, which also sets RANK.")
+    ] = 0,
+) -> None:
+    """Pretrain sparse language models: the same recipe on a laptop's CPU and on a GPU cluster."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megasparse").setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+
+
+@app.command()
+def prepare(
+    output: Annotated[Path, typer.Option(help="Folder to write the data set to.")],
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Files and folders of .txt, .py, .md, .jsonl(.gz, .zst) and .parquet. None: the source of this "
+            "Python's standard library.",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="'sentencepiece' trains one; else the path of a .model or tokenizer.json.")
+    ] = "sentencepiece",
+    eod_token: Annotated[
+        str | None, typer.Option(help="Of a tokenizer.json: the token that ends a document, if its config names none.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(min=1, help="Of the SentencePiece tokenizer to train.")] = 4096,
+    text_key: Annotated[str, typer.Option(help="Field of the text in JSON lines and parquet.")] = "text",
+    validation_fraction: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of documents held out, chosen by a stable hash.")
+    ] = 0.05,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each CPU.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a data set prepared with other settings.")] = False,
+) -> None:
+    """Turn text into a tokenizer and a data set for training. Goes on where a run before was stopped."""
+    from megasparse.data.prepare import PrepareConfig
+    from megasparse.data.prepare import prepare as run
+
+    run(
+        PrepareConfig(
+            output=output,
+            sources=sources or None,
+            tokenizer=tokenizer,
+            eod_token=eod_token,
+            vocab_size=vocab_size,
+            text_key=text_key,
+            validation_fraction=validation_fraction,
+            workers=workers or len(os.sched_getaffinity(0)),
+            overwrite=overwrite,
+        )
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; examples/ has some.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values to change, such as model.num_layers=4.", show_default=False),
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints, metrics and plots. Default: runs/ and the recipe's name."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")
+    ] = False,
+) -> None:
+    """Train a recipe. For several processes: deepspeed --num_gpus N --module megasparse train RECIPE."""
+    from megasparse.config import load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    _share_cores()
+    from megasparse.train import train as run
+
+    run(resolved, run_dir or Path("runs") / resolved.name, resume)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _share_cores() -> None:
+    """Give each process of this host its part of the cores, before torch starts its threads: the deepspeed launcher
+    leaves all of them to each. An OMP_NUM_THREADS of the user's stays."""
+    local_processes = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
+    if local_processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_processes)))
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Was it megasparse's own code that raised? A library's ValueError is no message to the user."""
+    trace = error.__traceback__
+    assert trace is not None
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return PACKAGE in Path(trace.tb_frame.f_code.co_filename).parents
+
+
+def _report(message: str) -> None:
+    """Print it once for all ranks: the others leave it to rank 0, whose exit makes the launcher end them. One that is
+    still there after RANK_0_SECONDS has an error of its own."""
+    if _rank() != 0:
+        time.sleep(RANK_0_SECONDS)
+        message = f"{message} (rank {_rank()})"
+    print(f"error: {message}", file=sys.stderr, flush=True)
