@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,8 @@ def test_overrides(tmp_path: Path):
     ],
 )
 def test_wrong_override(tmp_path: Path, override: str, message: str):
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         load_recipe(write(tmp_path, raw()), [override])
-    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -140,9 +140,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_wrong_recipe_is_one_line_that_says_what(changes: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         parse_recipe(raw(**changes), source="recipe.yaml")
-    assert message in str(error.value)
     assert str(error.value).startswith("recipe.yaml: ")
     assert "\n" not in str(error.value)
 

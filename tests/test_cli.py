@@ -1,0 +1,180 @@
+"""The command line: quick help, arguments handed on, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megasparse import __version__, cli
+from megasparse.config import Recipe
+
+MODULE = [sys.executable, "-m", "megasparse"]
+RECIPE = """
+name: tiny
+data: {sets: [{path: data/stdlib}], seq_length: 64}
+model: {num_layers: 2, hidden_size: 64, num_attention_heads: 4}
+training: {steps: 10}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, Path, bool]]:
+    """The calls of megasparse.train.train, which is replaced."""
+    calls: list[tuple[Recipe, Path, bool]] = []
+    stub = types.ModuleType("megasparse.train")
+    stub.train = lambda *arguments: calls.append(arguments)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megasparse.train", stub)
+    return calls
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run in this process; returns the exit status."""
+    monkeypatch.setattr(sys, "argv", ["megasparse", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_help_is_quick():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([*MODULE, "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert {"prepare", "train"} <= set(done.stdout.split())
+    assert min(seconds) < 0.5
+
+
+def test_help_imports_nothing_heavy():
+    script = "import sys, json, megasparse.cli; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "pydantic", "yaml", "transformers"} & set(json.loads(done.stdout))
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"megasparse {__version__}\n"
+
+
+def test_train(monkeypatch: pytest.MonkeyPatch, recipe: Path, trained: list[Any]):
+    arguments = [recipe, "model.num_layers=4", "--run-dir", "runs/x", "optimizer.lr=0.5", "--resume"]
+    assert run(monkeypatch, "train", *arguments) == 0
+    ((resolved, run_dir, resume),) = trained
+    assert (resolved.model.num_layers, resolved.optimizer.lr) == (4, 0.5)
+    assert (run_dir, resume) == (Path("runs/x"), True)
+
+
+def test_train_defaults_under_the_launcher(monkeypatch: pytest.MonkeyPatch, recipe: Path, trained: list[Any]):
+    """The deepspeed launcher puts --local_rank before the verb, and leaves all cores to each process."""
+    monkeypatch.setenv("LOCAL_SIZE", str(os.cpu_count()))
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert run(monkeypatch, "--local_rank=1", "train", recipe) == 0
+    assert trained[0][1:] == (Path("runs/tiny"), False)
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_threads_that_the_user_chose_stay(monkeypatch: pytest.MonkeyPatch, recipe: Path, trained: list[Any]):
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert run(monkeypatch, "train", recipe) == 0
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.yaml"], "error: no recipe at none.yaml\n"),
+        (["train", "{recipe}", "model.num_layer=1"], "error: {recipe}: model.num_layer: unknown key\n"),
+        (["train", "{recipe}", "steps"], "error: override 'steps' is not of the form section.key=value\n"),
+    ],
+)
+def test_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recipe: Path,
+    arguments: list[str],
+    message: str,
+):
+    assert run(monkeypatch, *(argument.format(recipe=recipe) for argument in arguments)) == 2
+    printed = capsys.readouterr()
+    assert printed.err == message.format(recipe=recipe)
+    assert printed.out == ""
+
+
+def test_other_ranks_leave_the_error_to_rank_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """... but not for ever: one that nobody ended has an error of its own."""
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert run(monkeypatch, "train", "none.yaml") == 2
+    assert waited == [cli.RANK_0_SECONDS]
+    assert capsys.readouterr().err == "error: no recipe at none.yaml (rank 3)\n"
+
+
+def test_other_ranks_stay_silent_when_the_launcher_ends_them():
+    rank_1 = subprocess.Popen(
+        [*MODULE, "train", "none.yaml"], env={**os.environ, "RANK": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1.5)
+    rank_1.terminate()
+    assert rank_1.communicate(timeout=10)[1] == ""
+
+
+@pytest.mark.parametrize("fault", [lambda: json.loads("x"), lambda: {}["key"]], ids=["ValueError", "KeyError"])
+def test_faults_that_are_not_the_users_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, recipe: Path, fault: Any):
+    stub = types.ModuleType("megasparse.train")
+    stub.train = lambda *_: fault()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megasparse.train", stub)
+    monkeypatch.setattr(sys, "argv", ["megasparse", "train", str(recipe)])
+    with pytest.raises((json.JSONDecodeError, KeyError)):
+        cli.main()
+
+
+def test_prepare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from megasparse.data import prepare
+
+    configs: list[Any] = []
+    monkeypatch.setattr(prepare, "prepare", configs.append)
+    assert run(monkeypatch, "prepare", "--output", tmp_path, "a.txt", "b", "--text-key", "body", "--workers", 3) == 0
+    assert run(monkeypatch, "prepare", "--output", tmp_path, "--tokenizer", "t.model", "--overwrite") == 0
+    given = {"output": tmp_path, "workers": 3, "text_key": "body", "sources": [Path("a.txt"), Path("b")]}
+    assert configs[0] == prepare.PrepareConfig(**given)
+    assert configs[1].sources is None
+    assert (configs[1].tokenizer, configs[1].overwrite) == ("t.model", True)
+
+
+def test_prepare_offers_every_setting_with_its_default():
+    import inspect
+
+    from megasparse.data.prepare import PrepareConfig
+
+    options = inspect.signature(cli.prepare).parameters
+    assert options.keys() == PrepareConfig.model_fields.keys()
+    for name, field in PrepareConfig.model_fields.items():
+        if name not in ("output", "workers"):
+            assert options[name].default == field.default, name
+
+
+def test_prepare_names_a_missing_source(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path):
+    assert run(monkeypatch, "prepare", "--output", tmp_path / "out", tmp_path / "none") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "none" in error
+    assert error.count("\n") == 1

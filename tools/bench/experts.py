@@ -1,0 +1,173 @@
+"""Forward and backward of our experts on CPU against DeepSpeed's, transformers' and Megatron's, as ratios of time.
+
+    python tools/bench/experts.py --threads 2 --rounds 15
+
+Two tables. "experts": rows already sorted, as DeepSpeed's GroupedExperts takes them. "layer": from the router's choice
+to the weighted sum of a token's experts, as transformers' experts do it. In each round every contender runs on the
+same routing, drawn anew for the round, as in training; the median of the rounds' ratios counts, so that other load on
+the machine weighs on all. A ratio above 1 means that ours is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from deepspeed.moe.ep_experts import GroupedExperts
+from torch import Tensor
+from transformers import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+from megasparse.ops import experts as ops
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    ffn: int
+    experts: int
+    top_k: int
+    tokens: int
+
+
+SHAPES = [
+    Shape(256, 256, 16, 2, 2048),
+    Shape(256, 512, 16, 2, 4096),
+    Shape(256, 512, 16, 2, 8192),
+    Shape(256, 256, 64, 8, 2048),
+    Shape(512, 1024, 8, 2, 4096),
+]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One round's input: the same for every contender."""
+
+    x: Tensor
+    experts: Tensor
+    weights: Tensor
+    rows: Tensor
+    order: Tensor
+    counts: Tensor
+
+
+def draw(shape: Shape, dtype: torch.dtype) -> Routed:
+    popularity = torch.randn(shape.experts) * 0.5  # loads differ by about half their mean, as early in training
+    weights, experts = (torch.randn(shape.tokens, shape.experts) + popularity).softmax(-1).topk(shape.top_k)
+    x = torch.randn(shape.tokens, shape.hidden).to(dtype).requires_grad_()
+    order, counts = ops.sort_by_expert(experts, shape.experts)
+    rows = ops.gather(x, order, shape.top_k).detach().requires_grad_()
+    return Routed(x, experts, weights.to(dtype).requires_grad_(), rows, order, counts)
+
+
+class Contenders:
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        self.shape = shape
+        w1, w3 = (torch.randn(shape.experts, shape.ffn, shape.hidden) * 0.02 for _ in range(2))
+        w2 = torch.randn(shape.experts, shape.hidden, shape.ffn) * 0.02
+        self.w1, self.w2, self.w3 = (w.to(dtype).requires_grad_() for w in (w1, w2, w3))
+        self.w13 = torch.cat([w1, w3], 1).to(dtype).requires_grad_()
+        self.deepspeed = {impl: self._deepspeed(impl).to(dtype) for impl in ("separate", "fused")}
+        config = OlmoeConfig(
+            hidden_size=shape.hidden,
+            intermediate_size=shape.ffn,
+            num_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            experts_implementation="grouped_mm",
+        )
+        self.transformers = OlmoeExperts(config).to(dtype)
+        with torch.no_grad():
+            self.transformers.gate_up_proj.copy_(self.w13)
+            self.transformers.down_proj.copy_(self.w2)
+
+    def _deepspeed(self, impl: str) -> GroupedExperts:
+        shape = self.shape
+        module = GroupedExperts(
+            shape.hidden, shape.ffn, shape.experts, disable_triton_grouped_mm=True, gate_up_impl=impl
+        )
+        # its activation is a Triton kernel for CUDA wherever Triton is installed; here the plain one
+        with torch.no_grad():
+            for name in ("w1", "w2", "w3"):
+                getattr(module, name).copy_(getattr(self, name))
+        return module
+
+    def _ours(self, rows: Tensor, counts: Tensor) -> Tensor:
+        return ops.grouped_swiglu(rows, counts, self.w1, self.w2, self.w3)
+
+    def _megatron(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """megatron.core SequentialMLP: a loop over experts with gate and up in one weight, then a concatenation."""
+        outputs = []
+        for part, w13, w2 in zip(rows.split(counts.tolist()), self.w13, self.w2, strict=True):
+            gate, up = F.linear(part, w13).chunk(2, -1)
+            outputs.append(F.linear(F.silu(gate) * up, w2))
+        return torch.cat(outputs)
+
+    def experts(self) -> dict[str, Callable[[Routed], Tensor]]:
+        return {
+            "ours": lambda r: self._ours(r.rows, r.counts),
+            "deepspeed separate": lambda r: self.deepspeed["separate"](r.rows, r.counts),
+            "deepspeed fused": lambda r: self.deepspeed["fused"](r.rows, r.counts),
+            "megatron sequential": lambda r: self._megatron(r.rows, r.counts),
+        }
+
+    def layer(self) -> dict[str, Callable[[Routed], Tensor]]:
+        def ours(r: Routed) -> Tensor:
+            order, counts = ops.sort_by_expert(r.experts, self.shape.experts)
+            return ops.combine(self._ours(ops.gather(r.x, order, self.shape.top_k), counts), order, r.weights)
+
+        return {"ours": ours, "transformers grouped_mm": lambda r: self.transformers(r.x, r.experts, r.weights)}
+
+
+def compare(contenders: dict[str, Callable[[Routed], Tensor]], shape: Shape, dtype: torch.dtype, rounds: int) -> None:
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    dy = {True: torch.randn(shape.tokens * shape.top_k, shape.hidden).to(dtype)}
+    dy[False] = dy[True][: shape.tokens]
+    for turn in range(-2, rounds):
+        routed = draw(shape, dtype)
+        outputs = {}
+        for name, forward in contenders.items():
+            start = time.perf_counter()
+            y = forward(routed)
+            y.backward(dy[len(y) != shape.tokens])
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+            outputs[name] = y.detach()
+        for name, y in outputs.items():
+            error = (y - outputs["ours"]).abs().max() / y.abs().max()
+            assert error < (1e-4 if dtype == torch.float32 else 3e-2), f"{name} differs from ours by {error:.1e}"
+    ours = times["ours"]
+    flops = 18 * shape.tokens * shape.top_k * shape.hidden * shape.ffn
+    median = statistics.median(ours)
+    print(f"  {'ours':26}{median * 1e3:9.1f} ms {flops / median / 1e9:7.0f} GFLOP/s")
+    for name, values in times.items():
+        if name != "ours":
+            ratio = statistics.median(theirs / mine for theirs, mine in zip(values, ours, strict=True))
+            print(f"  {name:26}{statistics.median(values) * 1e3:9.1f} ms {ratio:7.2f} x ours")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="which of SHAPES")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.dtypes:
+        for shape in (SHAPES[i] for i in arguments.shapes):
+            torch.manual_seed(0)
+            contenders = Contenders(shape, DTYPES[name])
+            for table in ("experts", "layer"):
+                print(f"{table}: {name} {shape}")
+                compare(getattr(contenders, table)(), shape, DTYPES[name], arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
