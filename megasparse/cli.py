@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +47,7 @@ def common(
     ] = 0,
 ) -> None:
     """Pretrain sparse language models: the same recipe on a laptop's CPU and on a GPU cluster."""
+    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)  # 4 x, by mcore
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megasparse").setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
 

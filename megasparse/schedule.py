@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from megasparse.config import Optimizer, Schedule
+if TYPE_CHECKING:
+    from megasparse.config import Optimizer, Schedule
 
 
 def learning_rate(tokens: int, optimizer: Optimizer, schedule: Schedule, total_tokens: int) -> float:

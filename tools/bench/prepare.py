@@ -56,8 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--repeat", type=int, default=4, help="passes over the corpus in the stage")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of bare and stage")
+    parser.add_argument("--repeat", type=int, default=8, help="passes over the corpus in the stage")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of bare and stage")
     arguments = parser.parse_args()
 
     corpus = Corpus(None)
