@@ -47,7 +47,7 @@ pretrain: $(INSTALLED)
 	@echo "== pretraining $(RECIPE) on $(PROCESSES) processes"
 	@deepspeed --num_gpus $(PROCESSES) --log_level error --module megasparse train $(RECIPE)
 
-test: lint
+test: $(INSTALLED) lint
 	@echo "== pytest"
 	@python -m pytest -n 2 $(PYTEST_ARGS)
 

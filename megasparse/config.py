@@ -292,9 +292,7 @@ class Recipe(Section):
         if parallel.ep > 1 and moe is None:
             raise ValueError(f"parallel.ep={parallel.ep} needs model.moe: a dense model has no experts")
         if moe is not None and moe.num_experts % parallel.ep:
-            raise ValueError(
-                f"model.moe.num_experts={moe.num_experts} is not divisible by parallel.ep={parallel.ep}"
-            )
+            raise ValueError(f"model.moe.num_experts={moe.num_experts} is not divisible by parallel.ep={parallel.ep}")
         for field, value in (
             ("num_attention_heads", model.num_attention_heads),
             ("num_query_groups", model.kv_heads),

@@ -25,7 +25,7 @@ from torch import Tensor
 from megasparse import platform
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
-from megasparse.layers.router import RouterState
+from megasparse.layers.router import RouterState, auxiliary_losses
 from megasparse.model import GPTModel, moe_layers
 from megasparse.topology import MegatronMPU, Topology
 
@@ -129,6 +129,7 @@ class Engine:
         )
 
     def _forward(self, batch: Batch, model: GPTModel, scale: float) -> tuple[Tensor, Any]:
+        batch = batch.to(platform.device())
         output = model(
             batch.tokens,
             batch.position_ids,
@@ -238,7 +239,7 @@ class Engine:
     def _reduce_statistics(self, losses: list[Tensor], tokens: float) -> _Statistics:
         """The global batch's statistics from every rank's part: one all-reduce over the world."""
         model, moe = self.recipe.model, self.recipe.model.moe
-        names = [n for n, on in (("load_balance_loss", moe and moe.aux_loss_coefficient), ("z_loss", moe and moe.z_loss_coefficient)) if on]
+        names = auxiliary_losses(moe) if moe else []
         counts = torch.zeros(model.num_layers, (moe.num_experts if moe else 0) + 1)
         for layer, mixture in self._moe:
             counts[layer] = mixture.router.counts

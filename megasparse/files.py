@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,9 @@ def written_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield aside
-        _fsync(aside)
+        sync(aside)
         os.replace(aside, path)
-        fsync_folder(path.parent)
+        sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -29,14 +30,19 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def fsync_folder(path: Path) -> None:
-    """Flush a folder's entries (files created, renamed, removed in it) to disk; not its files' content."""
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries (files created, renamed, removed in it), to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -47,7 +47,7 @@ def generate(
 def next_token_logits(gpt: GPTModel, recipe: Recipe, topology: Topology, tokens: list[int]) -> Tensor:
     """Float32 logits [vocab] of the token after ``tokens``, on every rank."""
     device = next(gpt.parameters()).device
-    padding = -len(tokens) % topology.tp  # sequence parallelism splits the length; causal attention ignores what follows
+    padding = -len(tokens) % topology.tp  # sequence parallelism splits the length; what follows changes nothing
     ids = torch.tensor([tokens + [0] * padding], device=device)
     positions = torch.arange(ids.shape[1], device=device).unsqueeze(0)
 

@@ -98,8 +98,8 @@ def matmul_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of this process's device at matrix products: the denominator of MFU.
 
     The data sheet's peak of a GPU in PEAK_FLOPS; else measured here with this process's threads, as the median rate
-    of square products, 1024 wide unless those are too slow, over ``seconds``. Ranks that share a host measure at the same time, so that the sum over
-    ranks is what the host can do: call it on all of them at once, then add up.
+    of square products, 1024 wide unless those are too slow, over ``seconds``. Ranks that share a host measure at the
+    same time, so that the sum over ranks is what the host can do: call it on all of them at once, then add up.
     """
     device = platform.device()
     if device.type == "cuda":
@@ -117,8 +117,8 @@ def matmul_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
 
 
 def _matmul_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
+    a = torch.full((size, size), 0.5, dtype=dtype, device=device)  # not random: a run's random state is its own
+    b = torch.full((size, size), 0.5, dtype=dtype, device=device)
     start = time.perf_counter()
     torch.mm(a, b)
     if device.type == "cuda":
@@ -283,16 +283,18 @@ class _Shown:
     format: str
     scale: float = 1.0
 
+    def write(self, values: Mapping[str, float]) -> str:
+        return f"{self.label} {self.format.format(self.scale * values[self.key])}"
 
-SHOWN = [
+
+QUALITY = [
     _Shown("loss", "loss", "{:.4f}"),
     _Shown("learning_rate", "lr", "{:.2e}"),
     _Shown("grad_norm", "norm", "{:.2f}"),
     _Shown("expert_load", "load", "{:.2f}"),
     _Shown("dropped_fraction", "dropped", "{:.1f}%", 100),
-    _Shown("tokens_per_second", "tok/s", "{:,.0f}"),
-    _Shown("mfu", "mfu", "{:.1f}%", 100),
 ]
+SPEED = [_Shown("tokens_per_second", "tok/s", "{:,.0f}"), _Shown("mfu", "mfu", "{:.1f}%", 100)]
 
 
 class _Console:
@@ -302,23 +304,23 @@ class _Console:
         self.steps, self.first_step, self.log_interval = steps, first_step, log_interval
         self.started = time.monotonic()
         self.console = Console(highlight=False)
-        self.bar = ProgressBar(total=steps, completed=first_step - 1, width=30)
+        self.bar = ProgressBar(total=steps, completed=first_step - 1, width=20)
         self.live = Live(console=self.console, auto_refresh=False)
         if self.console.is_terminal:
             self.live.start()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        figures = [
-            f"{item.label} {item.format.format(item.scale * values[item.key])}" for item in SHOWN if item.key in values
-        ]
         done = step - self.first_step + 1
         eta = (time.monotonic() - self.started) / done * (self.steps - step)
-        place, left = f"step {step}/{self.steps}", f"eta {_clock(eta)}"
+        place = f"step {step}/{self.steps}"
+        quality = [item.write(values) for item in QUALITY if item.key in values]
+        speed = [*(item.write(values) for item in SPEED if item.key in values), f"eta {_clock(eta)}"]
         if self.console.is_terminal:
             self.bar.update(completed=step)
-            self.live.update(Group(Columns([place, self.bar, left], padding=(0, 2)), "  ".join(figures)), refresh=True)
+            first = Columns([place, self.bar, "  ".join(speed)], padding=(0, 2))
+            self.live.update(Group(first, "  ".join(quality)), refresh=True)
         elif step % self.log_interval == 0 or step in (self.first_step, self.steps):
-            print(" | ".join([place, *figures, left]), flush=True)
+            print(" | ".join([place, *quality, *speed]), flush=True)
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, soft_wrap=True)

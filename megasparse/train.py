@@ -92,9 +92,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False) -> None:
                 f"{done}: lower optimizer.lr={recipe.optimizer.lr} or resume from an earlier checkpoint"
             )
         if last or due(done, training.save_interval):
-            native.save(
-                engine, run_dir / "checkpoints", recipe, done, data.fingerprint, training.keep_checkpoints
-            )
+            native.save(engine, run_dir / "checkpoints", recipe, done, data.fingerprint, training.keep_checkpoints)
     report(log, engine, recipe, place, data, run_dir)
     log.close()
     dist.barrier()
@@ -108,9 +106,7 @@ def vocabulary(recipe: Recipe, tokenizer_size: int) -> int:
     return size or tokenizer_size
 
 
-def checkpoint_to_resume(
-    run_dir: Path, resume: bool, recipe: Recipe, world_size: int, fingerprint: str
-) -> Path | None:
+def checkpoint_to_resume(run_dir: Path, resume: bool, recipe: Recipe, world_size: int, fingerprint: str) -> Path | None:
     """The checkpoint to go on from (None: start anew), checked against the recipe."""
     checkpoint = native.latest(run_dir / "checkpoints")
     if not resume:
@@ -202,7 +198,14 @@ def report(
     """What the user sees at the end: the score beside the compressors', a sample, the picture, how to go on."""
     prompt = data.tokenizer.encode("def ")
     tokens = generate(
-        engine.gpt, recipe, place, prompt, SAMPLE_TOKENS, temperature=0.8, seed=recipe.training.seed, stop=data.tokenizer.eod
+        engine.gpt,
+        recipe,
+        place,
+        prompt,
+        SAMPLE_TOKENS,
+        temperature=0.8,
+        seed=recipe.training.seed,
+        stop=data.tokenizer.eod,
     )
     if place.rank != 0:
         return

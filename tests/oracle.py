@@ -155,6 +155,4 @@ def _gpt2_tensor(name: str, source: dict[str, Tensor], used: set[str], config: o
 def interleave_qkv(q: Tensor, k: Tensor, v: Tensor, config: object) -> Tensor:
     """Megatron's fused order: for each K/V head its query heads, then its key, then its value."""
     groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    return torch.cat(
-        [part.reshape(groups, -1, *q.shape[1:]) for part in (q, k, v)], dim=1
-    ).reshape(-1, *q.shape[1:])
+    return torch.cat([part.reshape(groups, -1, *q.shape[1:]) for part in (q, k, v)], dim=1).reshape(-1, *q.shape[1:])

@@ -39,7 +39,9 @@ def train(raw: dict[str, Any], masked: bool = False) -> dict[str, Any]:
     steps = []
     for step in range(STEPS):
         result = engine.train_step(small.batches(recipe, step, place.dp_rank, place.dp, masked), step, 3e-3)
-        steps.append({"loss": result.loss, "norm": result.grad_norm, **result.aux_losses, "tokens": result.expert_tokens})
+        steps.append(
+            {"loss": result.loss, "norm": result.grad_norm, **result.aux_losses, "tokens": result.expert_tokens}
+        )
     weights = {}
     for name, parameter in global_parameters(gpt):
         split = getattr(parameter, "tensor_model_parallel", False) and place.tp > 1
@@ -70,7 +72,9 @@ def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
     return full
 
 
-def compare(recipe: Recipe, world_size: int, parallel: dict[str, Any], masked: bool = False, tolerance: float = 1e-6) -> None:
+def compare(
+    recipe: Recipe, world_size: int, parallel: dict[str, Any], masked: bool = False, tolerance: float = 1e-6
+) -> None:
     """Losses and norms to ``tolerance``, every updated weight to 1e-5, no route flipped.
 
     AdamW divides a gradient by its own size: where it is all rounding (an expert's hardly used row), eps=1e-8 would

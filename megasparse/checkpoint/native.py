@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -22,7 +21,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megasparse import platform
 from megasparse.config import Recipe
 from megasparse.engine import Engine
-from megasparse.files import fsync_folder, write_atomic
+from megasparse.files import sync, write_atomic
 
 FORMAT = 1
 # What a run may not change when it resumes: the first three make it another model on other data, the last ones are
@@ -55,11 +54,11 @@ def save(engine: Engine, folder: Path, recipe: Recipe, step: int, fingerprint: s
         }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in [*files, partial / "manifest.json"]:
-            _fsync(path)
-        fsync_folder(partial)
+            sync(path)
+        sync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        fsync_folder(folder)
+        sync(folder)
         write_atomic(folder / "latest", name + "\n")
         _prune(folder, keep)
     dist.barrier()
@@ -141,14 +140,6 @@ def _prune(folder: Path, keep: int) -> None:
         shutil.rmtree(steps[step])
     for path in folder.glob("step_*.partial"):
         shutil.rmtree(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _dig(mapping: dict[str, Any], path: str) -> Any:

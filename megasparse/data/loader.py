@@ -30,6 +30,11 @@ class Batch:
     document_ids: Tensor | None  # [batch, seq] int64, counted from 0 in each row; only with data.document_mask
     token_index: Tensor  # [batch, seq] int64: sample number * seq + position, unique in a run
 
+    def to(self, device: torch.device) -> Batch:
+        """The same micro-batch on ``device``."""
+        tensors = {name: value if value is None else value.to(device) for name, value in vars(self).items()}
+        return Batch(**tensors)
+
 
 class TrainingData:
     """The training tokens of a recipe, by samples consumed.

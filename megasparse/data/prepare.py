@@ -25,11 +25,11 @@ from rich.progress import Progress
 
 from megasparse import __version__
 from megasparse.data.corpus import Corpus, stable_fraction
-from megasparse.data.files import sha256_of_file, sync, written_aside
 from megasparse.data.manifest import MANIFEST_FILE, HeldOut, Manifest, Settings, Split, read_manifest
 from megasparse.data.shards import read_shard, tokenise
 from megasparse.data.tokenizer import FILES as TOKENIZER_FILES
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megasparse.files import sha256_of_file, sync, written_aside
 
 TOKENIZER_SAMPLE_BYTES = 100_000_000  # of training text, at most, to train SentencePiece on
 

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megasparse.data.corpus import Document
-from megasparse.data.files import written_aside
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
+from megasparse.files import written_aside
 
 CHUNK_CHARACTERS = 1 << 20  # per shard: large enough that passing it to a process costs little
 

@@ -33,7 +33,8 @@ class CoreAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        assert attn_mask_type == AttnMaskType.causal and config.context_parallel_size == 1
+        assert attn_mask_type == AttnMaskType.causal
+        assert config.context_parallel_size == 1
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
 

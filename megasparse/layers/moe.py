@@ -106,9 +106,7 @@ class MoELayer(AutoEPMoELayer):
         rows = _AllToAllV.apply(self.ep_group, rows, plan.input_splits, plan.output_splits)
         to_experts, to_sources = local_expert_order(plan.local_counts_by_source)
         rows = self._compute(rows.index_select(0, to_experts), plan.local_counts_by_source.sum(0))
-        rows = _AllToAllV.apply(
-            self.ep_group, rows.index_select(0, to_sources), plan.output_splits, plan.input_splits
-        )
+        rows = _AllToAllV.apply(self.ep_group, rows.index_select(0, to_sources), plan.output_splits, plan.input_splits)
         return ops.combine(rows, order, weights)
 
     def _compute(self, rows: Tensor, counts: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ class Router(nn.Module):
         self.is_last_moe_layer = False
         self.layer_number = 1
         self.weight = nn.Parameter(torch.empty(moe.num_experts, config.hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.tensor_model_parallel_size > 1  # each tp rank routes its own tokens
+        # Each tensor-parallel rank routes its own tokens: its gradient is a part.
+        self.weight.sequence_parallel = config.tensor_model_parallel_size > 1  # type: ignore[attr-defined]
         self.register_buffer("bias", torch.zeros(moe.num_experts))
         self.register_buffer("load", torch.full((moe.num_experts,), 1 / moe.num_experts))
         self.register_buffer("counts", torch.zeros(moe.num_experts + 1, dtype=torch.int64), persistent=False)
@@ -185,6 +186,12 @@ class Router(nn.Module):
             if self.moe.bias_update_rate > 0:
                 self.bias.copy_(routing.bias_update(self.bias, counts, self.moe.bias_update_rate))
         self.counts.zero_()
+
+
+def auxiliary_losses(moe: MoE) -> list[str]:
+    """Names of the losses that routers record."""
+    coefficients = {"load_balance_loss": moe.aux_loss_coefficient, "z_loss": moe.z_loss_coefficient}
+    return [name for name, coefficient in coefficients.items() if coefficient > 0]
 
 
 def largest_load(counts: Tensor) -> float:

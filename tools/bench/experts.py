@@ -25,6 +25,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from megasparse.ops import experts as ops
 
+WARM_UP = 10  # rounds in which oneDNN compiles kernels for the shapes it has not seen
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -73,30 +74,30 @@ class Contenders:
         w1, w3 = (torch.randn(shape.experts, shape.ffn, shape.hidden) * 0.02 for _ in range(2))
         w2 = torch.randn(shape.experts, shape.hidden, shape.ffn) * 0.02
         self.w1, self.w2, self.w3 = (w.to(dtype).requires_grad_() for w in (w1, w2, w3))
-        self.w13 = torch.cat([w1, w3], 1).to(dtype).requires_grad_()
+        self.w13 = [torch.cat(pair).to(dtype).requires_grad_() for pair in zip(w1, w3, strict=True)]
+        self.w2_each = [w.to(dtype).requires_grad_() for w in w2]
         self.deepspeed = {impl: self._deepspeed(impl).to(dtype) for impl in ("separate", "fused")}
         config = OlmoeConfig(
             hidden_size=shape.hidden,
             intermediate_size=shape.ffn,
             num_experts=shape.experts,
             num_experts_per_tok=shape.top_k,
-            experts_implementation="grouped_mm",
         )
+        config._experts_implementation = "grouped_mm"
         self.transformers = OlmoeExperts(config).to(dtype)
-        with torch.no_grad():
-            self.transformers.gate_up_proj.copy_(self.w13)
-            self.transformers.down_proj.copy_(self.w2)
+        weights = {"gate_up_proj": torch.stack(self.w13), "down_proj": self.w2}
+        self.transformers.load_state_dict({name: weight.detach() for name, weight in weights.items()})
 
     def _deepspeed(self, impl: str) -> GroupedExperts:
         shape = self.shape
         module = GroupedExperts(
             shape.hidden, shape.ffn, shape.experts, disable_triton_grouped_mm=True, gate_up_impl=impl
         )
-        # its activation is a Triton kernel for CUDA wherever Triton is installed; here the plain one
-        with torch.no_grad():
-            for name in ("w1", "w2", "w3"):
-                getattr(module, name).copy_(getattr(self, name))
+        module.load_state_dict({name: weight.detach() for name, weight in self._named_weights().items()})
         return module
+
+    def _named_weights(self) -> dict[str, Tensor]:
+        return {"w1": self.w1, "w2": self.w2, "w3": self.w3}
 
     def _ours(self, rows: Tensor, counts: Tensor) -> Tensor:
         return ops.grouped_swiglu(rows, counts, self.w1, self.w2, self.w3)
@@ -104,10 +105,16 @@ class Contenders:
     def _megatron(self, rows: Tensor, counts: Tensor) -> Tensor:
         """megatron.core SequentialMLP: a loop over experts with gate and up in one weight, then a concatenation."""
         outputs = []
-        for part, w13, w2 in zip(rows.split(counts.tolist()), self.w13, self.w2, strict=True):
+        for part, w13, w2 in zip(rows.split(counts.tolist()), self.w13, self.w2_each, strict=True):
             gate, up = F.linear(part, w13).chunk(2, -1)
             outputs.append(F.linear(F.silu(gate) * up, w2))
         return torch.cat(outputs)
+
+    def zero_grad(self) -> None:
+        for module in (*self.deepspeed.values(), self.transformers):
+            module.zero_grad()
+        for weight in (*self._named_weights().values(), *self.w13, *self.w2_each):
+            weight.grad = None
 
     def experts(self) -> dict[str, Callable[[Routed], Tensor]]:
         return {
@@ -125,16 +132,19 @@ class Contenders:
         return {"ours": ours, "transformers grouped_mm": lambda r: self.transformers(r.x, r.experts, r.weights)}
 
 
-def compare(contenders: dict[str, Callable[[Routed], Tensor]], shape: Shape, dtype: torch.dtype, rounds: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+def compare(contenders: Contenders, table: str, shape: Shape, dtype: torch.dtype, rounds: int) -> None:
+    runs = contenders.experts() if table == "experts" else contenders.layer()
+    times: dict[str, list[float]] = {name: [] for name in runs}
     dy = {True: torch.randn(shape.tokens * shape.top_k, shape.hidden).to(dtype)}
     dy[False] = dy[True][: shape.tokens]
-    for turn in range(-2, rounds):
+    for turn in range(-WARM_UP, rounds):
+        contenders.zero_grad()
         routed = draw(shape, dtype)
         outputs = {}
-        for name, forward in contenders.items():
+        names = list(runs)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # none always comes after the drawing
             start = time.perf_counter()
-            y = forward(routed)
+            y = runs[name](routed)
             y.backward(dy[len(y) != shape.tokens])
             if turn >= 0:
                 times[name].append(time.perf_counter() - start)
@@ -166,7 +176,7 @@ def main() -> None:
             contenders = Contenders(shape, DTYPES[name])
             for table in ("experts", "layer"):
                 print(f"{table}: {name} {shape}")
-                compare(getattr(contenders, table)(), shape, DTYPES[name], arguments.rounds)
+                compare(contenders, table, shape, DTYPES[name], arguments.rounds)
 
 
 if __name__ == "__main__":

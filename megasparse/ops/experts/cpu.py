@@ -8,7 +8,7 @@ Three things make it fast.
 - oneDNN compiles a kernel for every new shape (about 0.5 ms, as long as the matmul itself), and the rows of an expert
   differ at every step. So rows are rounded up to one of 16 sizes an octave: an expert's window reaches over the next
   expert's rows, whose results are overwritten, or are set to zero where rows are summed over (weight gradients).
-- Only gate and up are kept for backward: silu and its product, recomputed in cache, cost less than they would in memory.
+- Only gate and up are kept for backward: silu and its product, recomputed in cache, cost no more than reading them.
 """
 
 from __future__ import annotations
@@ -49,28 +49,23 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         x, w1, w2, w3, *saved = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
         dy = dy.contiguous()
-        dx = _empty_rows(*x.shape, ctx.windows, x) if need_x else None
-        dw1, dw2, dw3 = (torch.empty_like(w) if need_w else None for w in (w1, w2, w3))
-        if need_w:
-            _zero_idle(ctx.windows, dw1, dw2, dw3)
+        dx = _empty_rows(len(x), x.shape[1], ctx.windows, x)
+        dw1, dw2, dw3 = (torch.empty_like(w) for w in (w1, w2, w3))
+        _zero_idle(ctx.windows, dw1, dw2, dw3)
         for (expert, start, count, size), gate, up in zip(ctx.windows, saved[::2], saved[1::2], strict=True):
-            dy_rows = _rows(dy, start, size)
-            dup, dgate = _mm(dy_rows, w2[expert]), torch.empty_like(gate)
-            silu = F.silu(gate)
+            rows, dy_rows = _rows(x, start, size), _rows(dy, start, size)
+            dup, dgate, silu = _mm(dy_rows, w2[expert]), torch.empty_like(gate), F.silu(gate)
             torch.ops.aten.silu_backward.grad_input(dup * up, gate, grad_input=dgate)
             dup.mul_(silu)
-            if need_x:
-                _mm_into(dx[start : start + size], dgate, w1[expert], dup, w3[expert])
-            if need_w:
-                rows, hidden = _rows(x, start, size), silu.mul_(up)
-                for tensor in (hidden, dgate, dup):
-                    tensor[count:].zero_()
-                _mm_into(dw2[expert], dy_rows.t(), hidden)
-                _mm_into(dw1[expert], dgate.t(), rows)
-                _mm_into(dw3[expert], dup.t(), rows)
-        return dx[: len(x)] if need_x else None, None, dw1, dw2, dw3
+            _mm_into(dx[start : start + size], dgate, w1[expert], dup, w3[expert])
+            hidden = silu.mul_(up)
+            for tensor in (hidden, dgate, dup):
+                tensor[count:].zero_()
+            _mm_into(dw2[expert], dy_rows.t(), hidden)
+            _mm_into(dw1[expert], dgate.t(), rows)
+            _mm_into(dw3[expert], dup.t(), rows)
+        return dx[: len(x)], None, dw1, dw2, dw3
 
 
 def _windows(counts: Tensor, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
@@ -87,7 +82,7 @@ def _windows(counts: Tensor, dtype: torch.dtype) -> list[tuple[int, int, int, in
 
 def round_up(count: int) -> int:
     """The least of 8, 16, 24, ..., 256, 272, 288, ..., 512, 544, ... that is not below ``count``."""
-    step = max(8, 1 << ((count - 1).bit_length() - 5)) if count > 32 else 8
+    step = 1 << max(3, (count - 1).bit_length() - 5)
     return -(-count // step) * step
 
 

@@ -1,0 +1,176 @@
+"""Whole runs through the command line: what they leave, what they refuse, and that a killed one loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megasparse.data.prepare import PrepareConfig, prepare
+from megasparse.metrics import read_metrics
+
+TEXT = "def f{i}(x):\n    return x + {i}\n\n\nclass C{i}:\n    value = {i}\n"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set of two hundred tiny documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(200):
+        (folder / f"{i}.py").write_text(TEXT.replace("{i}", str(i)) * 3)
+    prepare(PrepareConfig(output=folder / "set", sources=[folder], vocab_size=300, validation_fraction=0.1, workers=1))
+    return folder / "set"
+
+
+def write_recipe(folder: Path, corpus: Path, **training: Any) -> Path:
+    raw = {
+        "name": "tiny",
+        "data": {"sets": [{"path": str(corpus)}], "seq_length": 32},
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "hidden_dropout": 0.1,
+            "moe": {"num_experts": 4, "ffn_hidden_size": 32, "jitter": 0.05, "bias_update_rate": 0.01},
+        },
+        "training": {"steps": 12, "global_batch_size": 8, "micro_batch_size": 2, "save_interval": 4, **training},
+        "logging": {"tensorboard": False, "wandb": "disabled"},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def command(*arguments: object, processes: int = 1) -> list[str]:
+    program = [sys.executable, "-m", "megasparse"]
+    if processes > 1:
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes)]
+        program = [*launcher, "--master_port", str(29500 + os.getpid() % 1000), "--module", "megasparse"]
+    return [*program, *map(str, arguments)]
+
+
+def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments, processes=processes), capture_output=True, text=True, timeout=200)
+
+
+def without_timing(run_dir: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "timing"} for record in read_metrics(run_dir)]
+
+
+def kill_after(run_dir: Path, steps: int, arguments: list[str]) -> None:
+    """Start a run and kill -9 its whole process group once ``steps`` steps are recorded."""
+    process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(run_dir)) < steps:
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_explains_itself(tmp_path: Path, corpus: Path) -> None:
+    recipe = write_recipe(tmp_path, corpus, eval_interval=5, eval_tokens=500)
+    done = run("train", recipe, "--run-dir", tmp_path / "run", "optimizer.lr=0.01")
+    assert done.returncode == 0, done.stderr
+    records = read_metrics(tmp_path / "run")
+    assert [r["step"] for r in records] == list(range(1, 13))
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert [r["step"] for r in records if "validation_loss" in r] == [5, 10, 12]
+    final = records[-1]
+    manifest = json.loads((corpus / "manifest.json").read_text())["validation"]
+    assert final["gzip9_bits_per_byte"] == pytest.approx(8 * manifest["gzip9_bytes"] / manifest["utf8_bytes"])
+    nats = final["validation_loss"] * manifest["tokens"]
+    assert final["validation_bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / manifest["utf8_bytes"])
+    for name in ("recipe.yaml", "environment.json", "loss.png", "checkpoints/latest"):
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
+    for said in ("sample:", "bits/byte", "gzip -9", "xz", "--resume"):
+        assert said in done.stdout, said
+
+    again = run("train", recipe, "--run-dir", tmp_path / "run")
+    assert again.returncode == 2
+    assert "add --resume" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_equals_never_killed(tmp_path: Path, corpus: Path, processes: int) -> None:
+    """To the bit, with dropout, jitter and router biases; kill -9 in the middle, twice."""
+    recipe = write_recipe(tmp_path, corpus, eval_interval=3, eval_tokens=500)
+    layout = ["parallel.ep=2"] if processes == 2 else []
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run("train", recipe, *layout, "--run-dir", whole, processes=processes)
+    assert done.returncode == 0, done.stderr
+    arguments = ["train", recipe, *layout, "--run-dir", killed]
+    kill_after(killed, 6, command(*arguments, processes=processes))
+    kill_after(killed, 9, command(*arguments, "--resume", processes=processes))
+    done = run(*arguments, "--resume", processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert without_timing(killed) == without_timing(whole)
+
+
+def test_a_longer_budget_goes_on_with_the_same_data(tmp_path: Path, corpus: Path) -> None:
+    """12 steps, then 8 more: the same as 20 at once, where the learning rate does not look ahead."""
+    recipe = write_recipe(tmp_path, corpus)
+    constant = "schedule.type=constant"
+    assert run("train", recipe, constant, "--run-dir", tmp_path / "short").returncode == 0
+    longer = run("train", recipe, constant, "training.steps=20", "--run-dir", tmp_path / "short", "--resume")
+    assert longer.returncode == 0, longer.stderr
+    assert run("train", recipe, constant, "training.steps=20", "--run-dir", tmp_path / "long").returncode == 0
+    keys = ("step", "loss", "grad_norm")
+    short, long = ([[r[k] for k in keys] for r in read_metrics(tmp_path / d)] for d in ("short", "long"))
+    assert short == long
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.num_layer=3", "model.num_layer: unknown key"),
+        ("model.moe.top_k=5", "top_k=5 is more than num_experts=4"),
+        ("model.num_attention_heads=5", "num_attention_heads=5"),
+        ("data.sets.0.path=/nowhere", "/nowhere"),
+        ("training.global_batch_size=7", "training.global_batch_size=7"),
+        ("parallel.ep=2", "parallel.ep=2"),
+        ("model.vocab_size=10", "model.vocab_size=10"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_any_work(tmp_path: Path, corpus: Path, override: str, said: str) -> None:
+    done = run("train", write_recipe(tmp_path, corpus), override, "--run-dir", tmp_path / "run")
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_model_is_not_resumed(tmp_path: Path, corpus: Path) -> None:
+    recipe = write_recipe(tmp_path, corpus, steps=4)
+    assert run("train", recipe, "--run-dir", tmp_path / "run").returncode == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for override, said in [
+        ("model.hidden_size=64", "model.hidden_size was 32, is 64"),
+        ("training.seed=5", "training.seed was 1234, is 5"),
+        ("training.steps=4", "has all of training.steps=4 behind it"),
+    ]:
+        done = run("train", recipe, override, "--run-dir", tmp_path / "run", "--resume")
+        assert done.returncode == 2
+        assert said in done.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_diverges_ends_and_says_so(tmp_path: Path, corpus: Path) -> None:
+    recipe = write_recipe(tmp_path, corpus, steps=200, max_skipped_steps=3)
+    done = run("train", recipe, "optimizer.lr=1e30", "optimizer.clip_grad=0", "--run-dir", tmp_path / "run")
+    assert done.returncode == 2
+    assert "3 steps in a row" in done.stderr
+    assert "optimizer.lr=1e+30" in done.stderr
