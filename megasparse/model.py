@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 from typing import Any
 
 import torch
@@ -230,7 +230,9 @@ def initialize_weights(gpt: GPTModel, model: Model, seed: int, topology: Topolog
 
 
 def _normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    # torch's CPU generator takes the low 32 bits of a seed and ignores the others.
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "big")
+    generator = torch.Generator().manual_seed(key)
     return torch.randn(shape, generator=generator) * std
 
 

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+)
 
-from megasparse.model import GPTModel, global_parameters
+from megasparse.model import GPTModel, global_parameters, moe_layers
 
 VOCAB, HIDDEN, LAYERS, HEADS, SEQ = 96, 32, 2, 4, 24
 
@@ -49,7 +58,30 @@ def llama(**changes: object) -> LlamaForCausalLM:
     return perturb(LlamaForCausalLM(LlamaConfig(**{**settings, **changes})))
 
 
-def gpt2() -> GPT2LMHeadModel:
+def decoder(model_type: str, **changes: object) -> torch.nn.Module:
+    """A tiny random model of any Llama-like family of transformers, by its model_type."""
+    settings = dict(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        initializer_range=0.15,  # weights that matter: at 0.02 attention and routing are all but uniform
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config = AutoConfig.for_model(model_type, **{**settings, **changes})
+    torch.manual_seed(0)
+    return perturb(AutoModelForCausalLM.from_config(config))
+
+
+def gpt2(**changes: object) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=VOCAB,
         n_embd=HIDDEN,
@@ -59,6 +91,7 @@ def gpt2() -> GPT2LMHeadModel:
         attn_pdrop=0.0,
         embd_pdrop=0.0,
         resid_pdrop=0.0,
+        **changes,
     )
     torch.manual_seed(0)
     return perturb(GPT2LMHeadModel(config))
@@ -85,6 +118,10 @@ def copy_weights(gpt: GPTModel, hf: torch.nn.Module) -> None:
         assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
         parameter.copy_(value)
     assert used == set(source), f"not used: {sorted(set(source) - used)}"
+    for layer, moe in moe_layers(gpt):  # a buffer in both: DeepSeek-V3's selection bias
+        bias = dict(hf.named_buffers()).get(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
+        if bias is not None:
+            moe.router.bias.copy_(bias)
 
 
 def _llama_tensor(name: str, source: dict[str, Tensor], used: set[str], config: object) -> Tensor:
@@ -106,6 +143,8 @@ def _llama_tensor(name: str, source: dict[str, Tensor], used: set[str], config: 
         return interleave_qkv(*(get(f"{prefix}self_attn.{part}_proj.{kind}") for part in "qkv"), config)
     if rest == "mlp.linear_fc1.weight":
         return torch.cat([get(prefix + "mlp.gate_proj.weight"), get(prefix + "mlp.up_proj.weight")])
+    if rest == "mlp.shared_experts.linear_fc1.weight":
+        return torch.cat([get(f"{prefix}mlp.shared_experts.{part}_proj.weight") for part in ("gate", "up")])
     if rest == "mlp.experts.w1":
         return get(prefix + "mlp.experts.gate_up_proj").chunk(2, 1)[0]
     if rest == "mlp.experts.w3":
@@ -121,6 +160,7 @@ def _llama_tensor(name: str, source: dict[str, Tensor], used: set[str], config: 
         "mlp.linear_fc2.weight": "mlp.down_proj.weight",
         "mlp.router.weight": "mlp.gate.weight",
         "mlp.experts.w2": "mlp.experts.down_proj",
+        "mlp.shared_experts.linear_fc2.weight": "mlp.shared_experts.down_proj.weight",
     }
     return get(prefix + simple[rest])
 

@@ -1,20 +1,24 @@
 """Forward and backward of our experts on CPU against DeepSpeed's, transformers' and Megatron's, as ratios of time.
 
-    python tools/bench/experts.py --threads 2 --rounds 15
+    python tools/bench/experts.py --threads 1 --rounds 15
 
 Two tables. "experts": rows already sorted, as DeepSpeed's GroupedExperts takes them. "layer": from the router's choice
-to the weighted sum of a token's experts, as transformers' experts do it. In each round every contender runs on the
-same routing, drawn anew for the round, as in training; the median of the rounds' ratios counts, so that other load on
-the machine weighs on all. A ratio above 1 means that ours is faster.
+to the weighted sum of a token's experts, as transformers' experts do it. In each round all contenders run in turn on
+the same routing, drawn anew for the round, as in training; the median of the rounds' ratios counts, so that other load
+on the machine weighs on all. Each has a process of its own: in one process they would use, and crowd out, each other's
+kernels in oneDNN's cache. A ratio above 1 means that ours is faster. More than one thread needs an idle machine:
+threads that wait for one another wait for whatever else runs there.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +31,10 @@ from megasparse.ops import experts as ops
 
 WARM_UP = 10  # rounds in which oneDNN compiles kernels for the shapes it has not seen
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TABLES = {
+    "experts": ("ours", "deepspeed separate", "deepspeed fused", "megatron sequential"),
+    "layer": ("ours", "transformers grouped_mm"),
+}
 
 
 @dataclass(frozen=True)
@@ -132,26 +140,43 @@ class Contenders:
         return {"ours": ours, "transformers grouped_mm": lambda r: self.transformers(r.x, r.experts, r.weights)}
 
 
-def compare(contenders: Contenders, table: str, shape: Shape, dtype: torch.dtype, rounds: int) -> None:
-    runs = contenders.experts() if table == "experts" else contenders.layer()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    dy = {True: torch.randn(shape.tokens * shape.top_k, shape.hidden).to(dtype)}
-    dy[False] = dy[True][: shape.tokens]
-    for turn in range(-WARM_UP, rounds):
+def serve(connection: Connection, table: str, name: str, shape: Shape, dtype: torch.dtype, threads: int) -> None:
+    """Answer each seed with the seconds of a forward and backward on that round's input, and a part of the output."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    contenders = Contenders(shape, dtype)
+    run = (contenders.experts() if table == "experts" else contenders.layer())[name]
+    dy = torch.randn(shape.tokens * (shape.top_k if table == "experts" else 1), shape.hidden).to(dtype)
+    for seed in iter(connection.recv, None):
         contenders.zero_grad()
+        torch.manual_seed(seed)
         routed = draw(shape, dtype)
+        start = time.perf_counter()
+        y = run(routed)
+        y.backward(dy)
+        connection.send((time.perf_counter() - start, y[:64].detach().float().tolist()))
+
+
+def compare(table: str, shape: Shape, dtype: torch.dtype, threads: int, rounds: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    connections: dict[str, Connection] = {}
+    for name in TABLES[table]:
+        connections[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, table, name, shape, dtype, threads), daemon=True).start()
+    times: dict[str, list[float]] = {name: [] for name in connections}
+    for turn in range(WARM_UP + rounds):
         outputs = {}
-        names = list(runs)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # none always comes after the drawing
-            start = time.perf_counter()
-            y = runs[name](routed)
-            y.backward(dy[len(y) != shape.tokens])
-            if turn >= 0:
-                times[name].append(time.perf_counter() - start)
-            outputs[name] = y.detach()
+        for name, connection in connections.items():
+            connection.send(turn)
+            seconds, output = connection.recv()
+            outputs[name] = torch.tensor(output)
+            if turn >= WARM_UP:
+                times[name].append(seconds)
         for name, y in outputs.items():
             error = (y - outputs["ours"]).abs().max() / y.abs().max()
             assert error < (1e-4 if dtype == torch.float32 else 3e-2), f"{name} differs from ours by {error:.1e}"
+    for connection in connections.values():
+        connection.send(None)
     ours = times["ours"]
     flops = 18 * shape.tokens * shape.top_k * shape.hidden * shape.ffn
     median = statistics.median(ours)
@@ -159,24 +184,21 @@ def compare(contenders: Contenders, table: str, shape: Shape, dtype: torch.dtype
     for name, values in times.items():
         if name != "ours":
             ratio = statistics.median(theirs / mine for theirs, mine in zip(values, ours, strict=True))
-            print(f"  {name:26}{statistics.median(values) * 1e3:9.1f} ms {ratio:7.2f} x ours")
+            print(f"  {name:26}{statistics.median(values) * 1e3:9.1f} ms {ratio:7.2f} x ours", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="which of SHAPES")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     for name in arguments.dtypes:
         for shape in (SHAPES[i] for i in arguments.shapes):
-            torch.manual_seed(0)
-            contenders = Contenders(shape, DTYPES[name])
-            for table in ("experts", "layer"):
+            for table in TABLES:
                 print(f"{table}: {name} {shape}")
-                compare(contenders, table, shape, DTYPES[name], arguments.rounds)
+                compare(table, shape, DTYPES[name], arguments.threads, arguments.rounds)
 
 
 if __name__ == "__main__":
