@@ -32,7 +32,9 @@ LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 FAMILIES = {
     "llama": Family("llama", {"head_dim": 12}, {"head_dim": 12}),
     "llama-mha-tied": Family(
-        "llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}, {"num_query_groups": 4, "tie_embeddings": True}
+        "llama",
+        {"num_key_value_heads": 4, "tie_word_embeddings": True},
+        {"num_query_groups": 4, "tie_embeddings": True},
     ),
     "llama-mqa": Family("llama", {"num_key_value_heads": 1}, {"num_query_groups": 1}),
     "llama-3.1": Family(

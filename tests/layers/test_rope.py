@@ -41,7 +41,9 @@ YARN = {"original_max_position_embeddings": 4096}
     ],
     ids=str,
 )
-def test_frequencies_equal_transformers(scaling: str, parameters: dict[str, float], theta: float, head_dim: int) -> None:
+def test_frequencies_equal_transformers(
+    scaling: str, parameters: dict[str, float], theta: float, head_dim: int
+) -> None:
     config = LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,

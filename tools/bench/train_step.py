@@ -149,7 +149,9 @@ def main() -> None:
     recipe = peers.recipe(MODELS[arguments.model], arguments.seq, arguments.batch, arguments.dtype)
     names = ["ours", *arguments.peers]
     results = measure(recipe, names, arguments.threads, arguments.steps, arguments.profile)
-    title = f"{arguments.model} {arguments.dtype}, {arguments.threads} threads, {arguments.batch} x {arguments.seq} tokens"
+    title = (
+        f"{arguments.model} {arguments.dtype}, {arguments.threads} threads, {arguments.batch} x {arguments.seq} tokens"
+    )
     table = Table("", "tokens/s", "ms/step", "ours / it", "first loss", "norm", "last loss", "peak MiB", title=title)
     for name, row in results.items():
         table.add_row(
