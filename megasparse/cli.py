@@ -15,6 +15,14 @@ import typer
 from megasparse import __version__
 
 PACKAGE = Path(__file__).parent
+# What megatron-core, DeepSpeed and torch say of themselves and of each other at every start.
+DEPENDENCIES_WARN = [
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "`torch.distributed.*` is deprecated",
+    "`torch.jit",
+]
 RANK_0_SECONDS = 10.0  # how long another rank leaves it to rank 0 to report an error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -47,7 +55,8 @@ def common(
     ] = 0,
 ) -> None:
     """Pretrain sparse language models: the same recipe on a laptop's CPU and on a GPU cluster."""
-    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)  # 4 x, by mcore
+    for message in DEPENDENCIES_WARN:
+        warnings.filterwarnings("ignore", message)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megasparse").setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import logging
 import math
 from typing import Any
 
@@ -30,6 +32,9 @@ from megasparse.layers.norms import FullWidthRMSNorm, HeadRMSNorm, LayerNorm, RM
 from megasparse.layers.rope import attention_factor, inverse_frequencies
 from megasparse.layers.router import RouterState
 from megasparse.topology import Topology
+
+# It warns, layer by layer, of every mlp that is not one of its own classes.
+logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 

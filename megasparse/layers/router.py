@@ -157,23 +157,24 @@ class Router(nn.Module):
         moe = self.moe
         if moe.aux_loss_scope == "global_batch":
             return routing.load_balance_loss(probs, self.load.to(probs.dtype))
-        if moe.aux_loss_scope == "all_layers":
-            return self._pooled_loss(probs, counts)
         if dist.get_world_size(self.tp_group) > 1:
             counts = counts.clone()
             dist.all_reduce(counts, group=self.tp_group)
+        if moe.aux_loss_scope == "all_layers":
+            return self._pooled_loss(probs, counts)
         return routing.load_balance_loss(probs, counts.to(probs.dtype) / counts.sum())
 
     def _pooled_loss(self, probs: Tensor, counts: Tensor) -> Tensor:
         """transformers' load_balancing_loss_func: E * sum_e (sum_layers count_e / tokens) * mean(prob_e), at the
-        last layer; zero at the others."""
-        self.state.pooled.append((probs.sum(0), counts.to(probs.dtype)))
+        last layer; zero at the others. probs are this tensor-parallel rank's, counts the micro-batch's."""
+        pooled = self.state.pooled
+        pooled.append((probs.sum(0), counts.to(probs.dtype)))
         if not self.is_last_moe_layer:
             return probs.new_zeros(())
-        tokens = probs.shape[0] * len(self.state.pooled)
-        mean_probs = torch.stack([p for p, _ in self.state.pooled]).sum(0) / tokens
-        fraction = torch.stack([c for _, c in self.state.pooled]).sum(0) / tokens
-        self.state.pooled.clear()
+        tokens = probs.shape[0] * len(pooled)
+        mean_probs = torch.stack([p for p, _ in pooled]).sum(0) / tokens
+        fraction = torch.stack([c for _, c in pooled]).sum(0) / (tokens * dist.get_world_size(self.tp_group))
+        pooled.clear()
         return self.moe.num_experts * (fraction * mean_probs).sum()
 
     @torch.no_grad()

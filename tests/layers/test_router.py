@@ -1,0 +1,493 @@
+"""The router against loops in float64: what each option does to the choice, the losses, the counters and the bias."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megasparse import topology
+from megasparse.config import MoE
+from megasparse.layers.router import Router, RouterState, auxiliary_losses, largest_load
+from tests import small
+from tests.helpers import assert_close, run_distributed
+from tests.test_engine import engine_of
+
+EXPERTS, HIDDEN, TOKENS = 12, 16, 40
+
+
+@pytest.fixture(autouse=True)
+def single() -> Iterator[topology.Topology]:
+    """One process, which is its own tensor-parallel group."""
+    yield topology.initialize()
+    topology.shutdown()
+
+
+def make(state: RouterState | None = None, dtype: torch.dtype = torch.float64, **options: Any) -> Router:
+    """A router in training with weights of some size."""
+    moe = MoE(**{"num_experts": EXPERTS, "top_k": 3, "ffn_hidden_size": 8, "aux_loss_coefficient": 0.0, **options})
+    config = SimpleNamespace(hidden_size=HIDDEN, params_dtype=dtype, tensor_model_parallel_size=1)
+    router = Router(config, moe, state or RouterState(), dist.group.WORLD)
+    generator = torch.Generator().manual_seed(3)
+    router.weight.data.copy_(torch.randn(moe.num_experts, HIDDEN, generator=generator, dtype=torch.float64) / 2)
+    return router.train()
+
+
+def tokens(count: int = TOKENS, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, HIDDEN, generator=generator, dtype=torch.float64), torch.arange(count)
+
+
+def by_hand(router: Router, x: Tensor) -> tuple[list[list[float]], list[list[int]]]:
+    """Weights and experts of each token, from the definitions in config.MoE."""
+    moe = router.moe
+    all_weights, all_experts = [], []
+    for row in (x @ router.weight.detach().T).tolist():
+        if moe.score_function == "softmax":
+            scores = [math.exp(v) / sum(math.exp(u) for u in row) for v in row]
+        else:
+            scores = [1 / (1 + math.exp(-v)) for v in row]
+        bias = router.bias.tolist() if moe.bias_update_rate > 0 else [0.0] * moe.num_experts
+        chosen_by = [s + b for s, b in zip(scores, bias, strict=True)]
+        allowed = list(range(moe.num_experts))
+        if moe.num_groups is not None:
+            size = moe.num_experts // moe.num_groups
+            best_two = [sum(sorted(chosen_by[g * size : (g + 1) * size])[-2:]) for g in range(moe.num_groups)]
+            groups = sorted(range(moe.num_groups), key=lambda g: -best_two[g])[: moe.top_k_groups]
+            allowed = [e for e in allowed if e // size in groups]
+        experts = sorted(allowed, key=lambda e: -chosen_by[e])[: moe.top_k]
+        weights = [scores[e] for e in experts]
+        if moe.normalize_scores:
+            weights = [w / sum(weights) for w in weights]
+        all_weights.append([w * moe.score_scale for w in weights])
+        all_experts.append(experts)
+    return all_weights, all_experts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize_scores": False},
+        {"score_function": "sigmoid"},
+        {"score_function": "sigmoid", "normalize_scores": False, "score_scale": 2.5},
+        {"num_groups": 4, "top_k_groups": 2},
+        {"bias_update_rate": 0.001},
+        {"score_function": "sigmoid", "num_groups": 3, "top_k_groups": 1, "bias_update_rate": 0.1},
+        {"top_k": 1},
+        {"top_k": EXPERTS},
+    ],
+    ids=str,
+)
+def test_the_choice_is_by_definition(options: dict[str, Any]) -> None:
+    router = make(**options)
+    router.bias.copy_(torch.linspace(0.4, -0.4, EXPERTS)[torch.randperm(EXPERTS)])
+    x, index = tokens()
+    routed = router(x, index)
+    weights, experts = by_hand(router, x)
+    assert routed.experts.tolist() == experts
+    assert_close(routed.weights, torch.tensor(weights, dtype=torch.float64), 1e-12)
+    assert routed.keep is None
+    assert routed.loss is None
+
+
+def test_the_bias_moves_the_choice_and_not_the_weights() -> None:
+    plain, biased = make(normalize_scores=False), make(normalize_scores=False, bias_update_rate=0.001)
+    biased.bias[5] = 10.0
+    x, index = tokens()
+    before, after = plain(x, index), biased(x, index)
+    assert (after.experts[:, 0] == 5).all()
+    scores = (x @ plain.weight.T).softmax(-1)
+    assert_close(after.weights, scores.gather(1, after.experts), 1e-12)
+    assert not torch.equal(before.experts, after.experts)
+    after.weights.sum().backward()
+    assert biased.bias.grad is None
+
+
+def test_low_precision_is_routed_in_float32() -> None:
+    router = make(dtype=torch.bfloat16)
+    x, index = tokens()
+    routed = router(x.bfloat16(), index)
+    expected = make(dtype=torch.float32)
+    expected.weight.data.copy_(router.weight)
+    reference = expected(x.bfloat16().float(), index)
+    assert routed.weights.dtype == torch.float32
+    assert torch.equal(routed.experts, reference.experts)
+    assert torch.equal(routed.weights, reference.weights)
+
+
+# Jitter
+
+
+def test_jitter_belongs_to_step_and_token() -> None:
+    """The same token gets the same noise in any order, company and run; another one at the next step or layer."""
+    state = RouterState(seed=7)
+    router = make(state, jitter=0.2, normalize_scores=False)
+    x, index = tokens()
+    index = index + 1000
+    state.begin(4, 1)
+    once = router(x, index)
+    again = router(x, index)
+    assert torch.equal(once.weights, again.weights), "a recomputed layer sees the same noise"
+    shuffle = torch.randperm(TOKENS)
+    shuffled = router(x[shuffle], index[shuffle])
+    assert torch.equal(shuffled.experts, once.experts[shuffle])
+    assert_close(shuffled.weights, once.weights[shuffle], 1e-12)
+    alone = router(x[7:9], index[7:9])
+    assert_close(alone.weights, once.weights[7:9], 1e-12)
+    other = {}
+    state.begin(5, 1)
+    other["step"] = router(x, index).weights
+    state.begin(4, 1)
+    router.layer_number = 2
+    other["layer"] = router(x, index).weights
+    router.layer_number = 1
+    other["token"] = router(x, index + TOKENS).weights
+    state.seed = 8
+    other["seed"] = router(x, index).weights
+    for name, weights in other.items():
+        assert (weights != once.weights).all(), name
+    noise = once.weights / router.eval()(x, index).weights - 1
+    assert 0 < noise.abs().max()
+
+
+def test_jitter_multiplies_the_input_of_the_router() -> None:
+    """With a router that reads one channel, the logit is the channel times a factor within 1 - jitter .. 1 + jitter."""
+    router = make(jitter=0.25, top_k=1, normalize_scores=False, score_function="sigmoid", num_experts=1)
+    router.weight.data.zero_()
+    router.weight.data[0, 3] = 1.0
+    x, index = tokens(4000)
+    x = x.abs() + 0.1
+    factor = torch.logit(router(x, index).weights[:, 0]) / x[:, 3]
+    assert factor.min() >= 0.75 - 1e-6
+    assert factor.max() <= 1.25 + 1e-6
+    assert factor.mean().item() == pytest.approx(1.0, abs=6 * 0.5 / math.sqrt(12 * 4000))
+    assert factor.std().item() == pytest.approx(0.5 / math.sqrt(12), rel=0.05)
+
+
+def test_evaluation_has_neither_noise_nor_counters_nor_losses() -> None:
+    router = make(jitter=0.2, aux_loss_coefficient=0.1, z_loss_coefficient=0.1).eval()
+    x, index = tokens()
+    routed = router(x, index)
+    weights, experts = by_hand(router, x)
+    assert routed.experts.tolist() == experts
+    assert routed.loss is None
+    assert router.counts.sum() == 0
+    assert router.state.losses == {}
+
+
+# Losses
+
+
+def switch_loss(probs: list[list[float]], fraction: list[float]) -> float:
+    """E * sum_e f_e * P_e (arXiv:2101.03961)."""
+    mean = [sum(row[e] for row in probs) / len(probs) for e in range(len(fraction))]
+    return len(fraction) * sum(f * p for f, p in zip(fraction, mean, strict=True))
+
+
+def probabilities(router: Router, x: Tensor) -> list[list[float]]:
+    logits = x @ router.weight.detach().T
+    scores = logits.softmax(-1) if router.moe.score_function == "softmax" else logits.sigmoid()
+    return (scores / scores.sum(-1, keepdim=True)).tolist()
+
+
+def fraction_of(experts: list[list[int]], num_experts: int) -> list[float]:
+    flat = [e for row in experts for e in row]
+    return [flat.count(e) / len(flat) for e in range(num_experts)]
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_micro_batch_loss(score_function: str) -> None:
+    """Two micro-batches, each with its own statistics; the objective is their mean, the record the mean over layers."""
+    state = RouterState()
+    state.begin(0, 2)
+    router = make(state, aux_loss_coefficient=0.03, z_loss_coefficient=0.002, score_function=score_function)
+    router.num_moe_layers = 5
+    aux, z = [], []
+    for seed in (0, 1):
+        x, index = tokens(seed=seed)
+        loss = router(x, index).loss
+        _, experts = by_hand(router, x)
+        aux.append(switch_loss(probabilities(router, x), fraction_of(experts, EXPERTS)))
+        logits = (x @ router.weight.detach().T).tolist()
+        z.append(sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in logits) / TOKENS)
+        assert loss.item() == pytest.approx((0.03 * aux[-1] + 0.002 * z[-1]) / 2, rel=1e-12)
+    assert state.losses["load_balance_loss"].item() == pytest.approx(sum(aux) / 2 / 5, rel=1e-12)
+    assert state.losses["z_loss"].item() == pytest.approx(sum(z) / 2 / 5, rel=1e-12)
+    assert auxiliary_losses(router.moe) == ["load_balance_loss", "z_loss"]
+
+
+def test_global_batch_loss_uses_the_previous_step() -> None:
+    """f is the last step's load, whatever this micro-batch's: the loss is then a plain mean over tokens."""
+    state = RouterState()
+    router = make(state, aux_loss_coefficient=0.03, aux_loss_scope="global_batch")
+    state.begin(0, 1)
+    x, index = tokens()
+    assert router(x, index).loss.item() == pytest.approx(0.03, rel=1e-6), "uniform load at first: 1, whatever P"
+    counts = torch.arange(EXPERTS) ** 2
+    router.end_step(counts)
+    fraction = [c / sum(i * i for i in range(EXPERTS)) for c in (i * i for i in range(EXPERTS))]
+    state.begin(1, 1)
+    whole = router(x, index).loss
+    assert whole.item() == pytest.approx(0.03 * switch_loss(probabilities(router, x), fraction), rel=1e-6)
+    parts = [router(x[rows], index[rows]).loss.item() for rows in (slice(0, 20), slice(20, 40))]
+    assert sum(parts) / 2 == pytest.approx(whole.item(), rel=1e-12), "the same under any split of the batch"
+
+
+def test_all_layers_loss_equals_transformers() -> None:
+    from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
+
+    state = RouterState()
+    state.begin(0, 1)
+    routers = [make(state, aux_loss_coefficient=0.03, aux_loss_scope="all_layers") for _ in range(3)]
+    routers[-1].is_last_moe_layer = True
+    logits, losses = [], []
+    for layer, router in enumerate(routers):
+        router.num_moe_layers = 3
+        router.weight.data *= layer + 0.5
+        x, index = tokens(seed=layer)
+        losses.append(router(x, index).loss)
+        logits.append(x @ router.weight.detach().T)
+    expected = load_balancing_loss_func(tuple(logits), EXPERTS, 3)
+    assert sum(0.0 if loss is None else loss.item() for loss in losses) == pytest.approx(0.03 * expected.item())
+    assert state.losses["load_balance_loss"].item() == pytest.approx(expected.item())
+    assert state.pooled == [], "the next micro-batch starts anew"
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch", "all_layers"])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_gradients_of_the_losses(scope: str, score_function: str) -> None:
+    """Finite differences in float64, with respect to tokens and router weights, through two layers."""
+    state = RouterState()
+    routers = [
+        make(
+            state,
+            aux_loss_coefficient=0.3,
+            z_loss_coefficient=0.1,
+            aux_loss_scope=scope,
+            score_function=score_function,
+            top_k=2,
+            num_experts=5,
+        )
+        for _ in range(2)
+    ]
+    routers[1].is_last_moe_layer = True
+    for router in routers:
+        router.load.copy_(torch.tensor([0.5, 0.2, 0.1, 0.2, 0.0]))
+    index = torch.arange(6)
+
+    def total(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        state.begin(0, 1)
+        loss = x.new_zeros(())
+        for router, weight in zip(routers, (first, second), strict=True):
+            part = torch.func.functional_call(router, {"weight": weight}, (x, index)).loss
+            loss = loss if part is None else loss + part
+        return loss
+
+    x = torch.randn(6, HIDDEN, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(5, HIDDEN, dtype=torch.float64, requires_grad=True) for _ in routers]
+    assert torch.autograd.gradcheck(total, (x, *weights), eps=1e-7, atol=1e-7)
+
+
+def tensor_parallel_losses(scope: str, tp: int) -> dict[str, Any]:
+    """The losses of two layers, and the gradients of their weights, with the tokens split over ``tp`` ranks."""
+    place = topology.initialize(tp)
+    state = RouterState()
+    state.begin(0, 1)
+    moe = MoE(
+        num_experts=EXPERTS,
+        top_k=3,
+        ffn_hidden_size=8,
+        aux_loss_coefficient=0.3,
+        z_loss_coefficient=0.1,
+        aux_loss_scope=scope,  # type: ignore[arg-type]
+    )
+    config = SimpleNamespace(hidden_size=HIDDEN, params_dtype=torch.float64, tensor_model_parallel_size=tp)
+    total, weights = torch.zeros((), dtype=torch.float64), []
+    for layer in range(2):
+        router = Router(config, moe, state, place.tp_group).train()
+        router.num_moe_layers, router.is_last_moe_layer = 2, layer == 1
+        router.weight.data.copy_(torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(layer)))
+        x, index = tokens(seed=layer)
+        mine = slice(place.tp_rank * TOKENS // tp, (place.tp_rank + 1) * TOKENS // tp)
+        loss = router(x[mine], index[mine]).loss
+        total = total if loss is None else total + loss
+        weights.append(router.weight)
+    total.backward()
+    recorded = {name: value.item() for name, value in state.losses.items()}
+    return {"grads": [w.grad for w in weights], "recorded": recorded, "loss": total.item()}
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch", "all_layers"])
+def test_tensor_parallel_parts_sum_to_the_whole(scope: str) -> None:
+    whole = run_distributed(tensor_parallel_losses, 1, scope, 1)[0]
+    parts = run_distributed(tensor_parallel_losses, 2, scope, 2)
+    assert sum(part["loss"] for part in parts) == pytest.approx(whole["loss"], rel=1e-9)
+    for name, value in whole["recorded"].items():
+        assert sum(part["recorded"][name] for part in parts) == pytest.approx(value, rel=1e-9), name
+    for layer in range(2):
+        assert_close(sum(part["grads"][layer] for part in parts), whole["grads"][layer], 1e-9)
+
+
+# Counters, load, bias
+
+
+def test_counters_advance_once_under_recompute() -> None:
+    """mcore's checkpoint runs a layer twice, the first time without gradients."""
+    state = RouterState(recompute=True)
+    state.begin(0, 1)
+    router = make(state, aux_loss_coefficient=0.1, capacity_factor=0.5)
+    x, index = tokens()
+    with torch.no_grad():
+        first = router(x, index)
+    counts, recorded = router.counts.clone(), state.losses["load_balance_loss"].clone()
+    assert first.loss is None
+    second = router(x, index)
+    assert second.loss is not None
+    assert torch.equal(router.counts, counts)
+    assert torch.equal(state.losses["load_balance_loss"], recorded)
+    assert torch.equal(first.keep, second.keep)
+
+
+def test_counters_add_up_over_micro_batches() -> None:
+    router = make(capacity_factor=0.7)
+    expected, dropped = torch.zeros(EXPERTS, dtype=torch.int64), 0
+    for seed in range(3):
+        x, index = tokens(seed=seed)
+        routed = router(x, index)
+        expected += torch.bincount(routed.experts.flatten(), minlength=EXPERTS)
+        dropped += int((~routed.keep).sum())
+    assert dropped > 0
+    assert router.counts.tolist() == [*expected.tolist(), dropped]
+
+
+def test_end_of_step() -> None:
+    router = make(bias_update_rate=0.01)
+    router.counts.fill_(3)
+    counts = torch.tensor([4, 4, 4, 4, 0, 8, 4, 4, 4, 4, 5, 3])
+    router.end_step(counts)
+    assert_close(router.load, counts / 48, 1e-7)
+    expected = [0.0] * 4 + [0.01, -0.01] + [0.0] * 4 + [-0.01, 0.01]
+    assert router.bias.tolist() == pytest.approx(expected)
+    assert router.counts.sum() == 0
+    router.counts.fill_(3)
+    load, bias = router.load.clone(), router.bias.clone()
+    router.end_step(None)
+    assert torch.equal(router.load, load)
+    assert torch.equal(router.bias, bias)
+    assert router.counts.sum() == 0
+
+
+def test_the_bias_stays_put_when_it_is_off() -> None:
+    router = make()
+    router.end_step(torch.arange(EXPERTS))
+    assert (router.bias == 0).all()
+
+
+def test_what_a_checkpoint_holds() -> None:
+    assert set(make().state_dict()) == {"weight", "bias", "load"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_bias_stays_float32_under_deepspeed(single: topology.Topology, precision: str) -> None:
+    """A rate of 0.001 is lost in bfloat16 once the bias is 0.5."""
+    recipe = small.recipe(moe={"bias_update_rate": 0.001}, training={"precision": precision, "loss_scale": 1024.0})
+    engine = engine_of(recipe, single)
+    _, moe = engine._moe[0]
+    moe.router.bias.fill_(0.5)
+    engine.train_step(small.batches(recipe, 0), 0, 1e-3)
+    moved = (moe.router.bias - 0.5).abs()
+    assert moved.max().item() == pytest.approx(0.001, rel=1e-3)
+
+
+def test_the_bias_evens_out_a_skewed_router(single: topology.Topology) -> None:
+    """The whole engine, no auxiliary loss, one expert that nearly every token prefers at first."""
+    loads = {}
+    for rate in (0.0, 0.02):
+        recipe = small.recipe(
+            model={"num_layers": 1},
+            moe={"aux_loss_coefficient": 0.0, "bias_update_rate": rate, "score_function": "sigmoid"},
+            parallel={"zero_stage": 0},
+        )
+        engine = engine_of(recipe, single)
+        engine.gpt.embedding.word_embeddings.weight.data += 0.03
+        router = engine._moe[0][1].router
+        router.weight.data *= 8
+        router.weight.data[0] += 0.1
+        results = [engine.train_step(small.batches(recipe, s), s, 1e-5) for s in range(40)]
+        loads[rate] = [largest_load(r.expert_tokens) for r in results]
+    assert loads[0.02][0] == loads[0.0][0] > 3
+    assert min(loads[0.0][-5:]) > 3, "left alone it stays skewed"
+    assert max(loads[0.02][-5:]) < 1.7
+
+
+def test_largest_load() -> None:
+    assert largest_load(torch.tensor([[1, 1, 2], [0, 3, 3]])) == pytest.approx(1.5)
+    assert largest_load(torch.tensor([[2, 2, 2]])) == 1.0
+    assert math.isnan(largest_load(torch.zeros(0, 3)))
+
+
+# Capacity
+
+
+def kept_by_hand(experts: Tensor, weights: Tensor, order: list[int], limit: int, policy: str) -> list[list[bool]]:
+    """Serve copies one by one: the best first, or in token order; an expert takes ``limit``."""
+    copies = [(t, j) for t in order for j in range(experts.shape[1])]
+    if policy == "probs":
+        copies.sort(key=lambda copy: -weights[copy].item())
+    taken: dict[int, int] = {}
+    keep = [[False] * experts.shape[1] for _ in range(len(experts))]
+    for t, j in copies:
+        expert = int(experts[t, j])
+        if taken.get(expert, 0) < limit:
+            taken[expert] = taken.get(expert, 0) + 1
+            keep[t][j] = True
+    return keep
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+@pytest.mark.parametrize("factor", [0.25, 0.8, 1.0, 1.3, 100.0])
+def test_capacity_over_the_micro_batch(policy: str, factor: float) -> None:
+    """The router sees [seq * batch] rows, batch inner; drops are counted off batch-major, sample after sample."""
+    seq, batch = 10, 4
+    router = make(capacity_factor=factor, drop_policy=policy)
+    x, _ = tokens(seq * batch)
+    index = torch.tensor([1000 + b * seq + s for s in range(seq) for b in range(batch)])
+    routed = router(x, index)
+    limit = math.ceil(seq * batch * 3 / EXPERTS * factor)
+    order = sorted(range(seq * batch), key=lambda t: index[t].item())
+    assert routed.keep.tolist() == kept_by_hand(routed.experts, routed.weights, order, limit, policy)
+    assert routed.keep.all() == (factor == 100.0)
+    if policy == "position" and factor < 1:
+        wrong = kept_by_hand(routed.experts, routed.weights, list(range(seq * batch)), limit, policy)
+        assert routed.keep.tolist() != wrong, "the order matters, or this test shows nothing"
+
+
+def tensor_parallel_keep(policy: str, tp: int) -> dict[int, list[bool]]:
+    """Token -> which of its copies are kept, with positions split over ``tp`` ranks as the MoE layer splits them."""
+    place = topology.initialize(tp)
+    seq, batch = 10, 4
+    moe = MoE(num_experts=EXPERTS, top_k=3, ffn_hidden_size=8, capacity_factor=0.6, drop_policy=policy)  # type: ignore[arg-type]
+    config = SimpleNamespace(hidden_size=HIDDEN, params_dtype=torch.float64, tensor_model_parallel_size=tp)
+    router = Router(config, moe, RouterState(), place.tp_group).train()
+    router.weight.data.copy_(torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0)))
+    x, _ = tokens(seq * batch)
+    index = torch.arange(seq * batch).view(batch, seq).t().reshape(-1)  # row s * batch + b is token b * seq + s
+    part = len(x) // tp
+    mine = slice(place.tp_rank * part, (place.tp_rank + 1) * part)
+    routed = router(x[mine], index[mine])
+    return dict(zip(index[mine].tolist(), routed.keep.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_capacity_does_not_see_the_split(policy: str) -> None:
+    whole = run_distributed(tensor_parallel_keep, 1, policy, 1)[0]
+    parts = run_distributed(tensor_parallel_keep, 2, policy, 2)
+    assert {**parts[0], **parts[1]} == whole
+    assert not all(all(keep) for keep in whole.values())
