@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import logging
 import math
 from typing import Any
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from megasparse import topology
 from megasparse.config import Recipe
+from megasparse.data.loader import Batch
 from megasparse.engine import Engine
 from megasparse.generate import generate
 from megasparse.model import build_model, global_parameters
@@ -199,3 +200,32 @@ def test_weights_do_not_depend_on_build_order(single: topology.Topology) -> None
     second, _ = build_model(recipe, single, small.VOCAB)
     for (name, a), (_, b) in zip(global_parameters(first), global_parameters(second), strict=True):
         assert torch.equal(a, b), name
+
+
+def divided(batch: Batch, size: int) -> list[Batch]:
+    """The same sequences as micro-batches of ``size``."""
+    parts = {name: None if value is None else value.split(size) for name, value in vars(batch).items()}
+    return [Batch(**{n: v and v[j] for n, v in parts.items()}) for j in range(len(batch.tokens) // size)]
+
+
+def test_global_batch_balance_does_not_depend_on_accumulation(single: topology.Topology) -> None:
+    """The same global batch in micro-batches of 1, 2 and 8 sequences: the same losses and gradient norms. (With
+    micro_batch statistics they differ: each micro-batch balances itself.)"""
+    sequences = small.batches(small.recipe(training={"micro_batch_size": 8}), 0)[0]
+    scopes = {}
+    for scope in ("global_batch", "micro_batch"):
+        runs = []
+        for size in (8, 1, 2):
+            recipe = small.recipe(
+                moe={"aux_loss_scope": scope, "aux_loss_coefficient": 0.1, "z_loss_coefficient": 0.001},
+                training={"micro_batch_size": size},
+            )
+            engine = engine_of(recipe, single)
+            batches = divided(sequences, size)
+            results = [engine.train_step(batches, step, 3e-3) for step in range(4)]
+            runs.append([(r.loss, r.grad_norm, r.aux_losses["load_balance_loss"]) for r in results])
+        scopes[scope] = runs
+    for run in scopes["global_batch"][1:]:
+        for ours, reference in zip(run, scopes["global_batch"][0], strict=True):
+            assert ours == pytest.approx(reference, rel=1e-6)
+    assert scopes["micro_batch"][1][0][2] != pytest.approx(scopes["micro_batch"][0][0][2], rel=1e-4)

@@ -60,7 +60,7 @@ def save(engine: Engine, folder: Path, recipe: Recipe, step: int, fingerprint: s
         partial.rename(final)
         sync(folder)
         write_atomic(folder / "latest", name + "\n")
-        _prune(folder, keep)
+        _prune(folder, keep, step)
     dist.barrier()
     return final
 
@@ -76,12 +76,14 @@ def load(engine: Engine, path: Path) -> int:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint under ``folder``; None where there is none."""
+    """The newest whole checkpoint under ``folder``; None where there is none. ValueError if it was taken away."""
     pointer = folder / "latest"
     if not pointer.exists():
         return None
     path = folder / pointer.read_text().strip()
-    return path if path.is_dir() else None
+    if not path.is_dir():
+        raise ValueError(f"{pointer} names {path.name}, which is not there: write one that is into it, or delete it")
+    return path
 
 
 def check_resumable(path: Path, recipe: Recipe, world_size: int, fingerprint: str) -> None:
@@ -134,10 +136,13 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, step: int) -> None:
+    """Remove what is older than the newest ``keep`` up to ``step``, and what was never finished.
+
+    Steps beyond it are left: a run that was killed before it named them in ``latest`` will write them anew."""
     steps = {int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(r"step_(\d+)", path.name))}
-    for step in sorted(steps)[:-keep]:
-        shutil.rmtree(steps[step])
+    for old in sorted(s for s in steps if s <= step)[:-keep]:
+        shutil.rmtree(steps[old])
     for path in folder.glob("step_*.partial"):
         shutil.rmtree(path)
 

@@ -147,9 +147,8 @@ class Router(nn.Module):
             loss = loss + moe.z_loss_coefficient * z_loss
         if moe.aux_loss_coefficient > 0:
             aux = self._load_balance_loss(probs, counts) / parts
-            if aux.requires_grad or moe.aux_loss_scope != "all_layers":
-                per_layer = 1 if moe.aux_loss_scope == "all_layers" else self.num_moe_layers
-                self.state.record("load_balance_loss", aux / per_layer)
+            layers = 1 if moe.aux_loss_scope == "all_layers" else self.num_moe_layers
+            self.state.record("load_balance_loss", aux / layers)
             loss = loss + moe.aux_loss_coefficient * aux
         return loss / self.state.num_micro_batches if loss.requires_grad else None
 
