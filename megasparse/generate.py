@@ -38,10 +38,18 @@ def generate(
             token = int(logits.argmax())
         else:
             token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+        token = _of_first_rank(token, next(gpt.parameters()).device)
         if token == stop:
             break
         tokens.append(token)
     return tokens[len(prompt) :]
+
+
+def _of_first_rank(token: int, device: torch.device) -> int:
+    """Ranks may round near-ties differently; if their texts parted, one would stop before the others."""
+    chosen = torch.tensor(token, device=device)
+    dist.broadcast(chosen, src=0)
+    return int(chosen)
 
 
 def next_token_logits(gpt: GPTModel, recipe: Recipe, topology: Topology, tokens: list[int]) -> Tensor:

@@ -146,6 +146,21 @@ def test_document_ids_reach_every_layer(single: topology.Topology) -> None:
     assert torch.equal(before[:, :3], after[:, :3]), "causal"
 
 
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_evaluation_is_causal(single: topology.Topology, policy: str) -> None:
+    """A token's logits depend on nothing after it and on no other sequence, whatever capacity training has."""
+    gpt, _ = build_model(small.recipe(moe={"capacity_factor": 0.5, "drop_policy": policy}), single, small.VOCAB)
+    for parameter in gpt.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 5
+    ids = torch.randint(0, small.VOCAB, (3, small.SEQ))
+    other = ids.clone()
+    other[0, 12:], other[1:] = other[0, 12:].flip(0), other[1:].flip(1)
+    ours, theirs = logits_of(gpt, ids), logits_of(gpt, other)
+    assert relative_error(theirs[0, :12], ours[0, :12]) < 1e-6
+    assert relative_error(theirs[0, 12:], ours[0, 12:]) > 1e-3
+
+
 def test_reset_positions_reach_the_learned_table(single: topology.Topology) -> None:
     """A packed document at its own positions, masked, equals the document alone."""
     model = {"position_embedding": "learned", "max_position_embeddings": 32}

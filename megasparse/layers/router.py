@@ -111,9 +111,12 @@ class Router(nn.Module):
         return RouterOutput(routed.weights, routed.experts, keep, self._loss(logits, routed.probs, counts))
 
     def _keep(self, experts: Tensor, weights: Tensor, token_index: Tensor) -> Tensor | None:
-        """Capacity and drop order are those of the whole micro-batch, wherever its tokens are."""
+        """Capacity and drop order are those of the whole micro-batch, wherever its tokens are.
+
+        Evaluation and generation drop nothing: a token's score would depend on what follows it and on the other
+        sequences of its micro-batch."""
         moe = self.moe
-        if moe.capacity_factor is None:
+        if moe.capacity_factor is None or not self.training:
             return None
         tokens = experts.shape[0]
         everyone = [self._gather(t) for t in (experts, weights.detach(), token_index)]

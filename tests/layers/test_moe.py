@@ -181,21 +181,18 @@ def test_naive_and_fast_backends_agree(single: topology.Topology, monkeypatch: p
     assert_close(results[1], results[0], 1e-5)
 
 
-def test_the_auxiliary_loss_flows_with_the_output(single: topology.Topology) -> None:
+def test_the_auxiliary_loss_flows_with_the_output(single: topology.Topology, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attached to the output: its gradient comes times the schedule's scale, whatever the output's gradient."""
     layer = make(single, aux_loss_coefficient=0.5)
     x = hidden_states()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(3.0))
-    try:
-        output, _ = layer(x)
-        (output * 0.0).sum().backward()
-        attached = layer.router.weight.grad.clone()
-        layer.router.weight.grad = None
-        layer.router(x.view(-1, HIDDEN), torch.arange(SEQ * BATCH)).loss.backward()
-        assert attached.abs().max() > 0
-        assert_close(attached, 3 * layer.router.weight.grad, 1e-12)
-    finally:
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.tensor(3.0))
+    output, _ = layer(x)
+    (output * 0.0).sum().backward()
+    attached = layer.router.weight.grad.clone()
+    layer.router.weight.grad = None
+    layer.router(x.view(-1, HIDDEN), torch.arange(SEQ * BATCH)).loss.backward()
+    assert attached.abs().max() > 0
+    assert_close(attached, 3 * layer.router.weight.grad, 1e-12)
 
 
 def test_post_norm(single: topology.Topology) -> None:

@@ -469,6 +469,12 @@ def test_capacity_over_the_micro_batch(policy: str, factor: float) -> None:
         assert routed.keep.tolist() != wrong, "the order matters, or this test shows nothing"
 
 
+def test_evaluation_drops_nothing() -> None:
+    """Else a token's score would depend on the tokens after it, and on its micro-batch."""
+    router = make(capacity_factor=0.1).eval()
+    assert router(*tokens()).keep is None
+
+
 def tensor_parallel_keep(policy: str, tp: int) -> dict[int, list[bool]]:
     """Token -> which of its copies are kept, with positions split over ``tp`` ranks as the MoE layer splits them."""
     place = topology.initialize(tp)

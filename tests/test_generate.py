@@ -1,0 +1,181 @@
+"""Generation: greedy and sampled, by one process and by many, which must agree (test_engine: greedy = transformers)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megasparse import generate as module
+from megasparse import topology
+from megasparse.config import Recipe, parse_recipe
+from megasparse.generate import generate, next_token_logits
+from megasparse.model import GPTModel, build_model
+from tests import small
+from tests.helpers import assert_close, run_distributed
+
+PROMPT = [5, 6, 8, 9]
+
+
+@pytest.fixture
+def single() -> Iterator[topology.Topology]:
+    """One process."""
+    yield topology.initialize()
+    topology.shutdown()
+
+
+def sharp_model(recipe: Recipe, place: topology.Topology) -> GPTModel:
+    """Weights so large that the next token depends on the ones before it."""
+    gpt, _ = build_model(recipe, place, small.VOCAB)
+    for parameter in gpt.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 8
+    return gpt
+
+
+@pytest.fixture
+def model(single: topology.Topology) -> tuple[GPTModel, Recipe, topology.Topology]:
+    recipe = small.recipe(moe={})
+    return sharp_model(recipe, single), recipe, single
+
+
+def test_greedy_takes_the_best_of_the_whole_context(model: tuple) -> None:
+    gpt, recipe, place = model
+    new = generate(gpt, recipe, place, PROMPT, 15)
+    assert len(new) == 15
+    tokens = PROMPT + new
+    assert len(set(new)) > 3
+    with torch.no_grad():
+        logits = gpt(torch.tensor([tokens]), torch.arange(len(tokens)).unsqueeze(0), None)[0]
+    assert logits.argmax(-1)[len(PROMPT) - 1 : -1].tolist() == new
+
+
+def test_logits_are_the_models(model: tuple) -> None:
+    gpt, recipe, place = model
+    logits = next_token_logits(gpt.eval(), recipe, place, PROMPT)
+    assert logits.shape == (small.VOCAB,)
+    assert logits.dtype == torch.float32
+    with torch.no_grad():
+        expected = gpt(torch.tensor([PROMPT]), torch.arange(4).unsqueeze(0), None)[0, -1]
+    assert_close(logits, expected, 1e-6)
+
+
+def test_a_seed_is_a_text(model: tuple) -> None:
+    gpt, recipe, place = model
+    texts = [generate(gpt, recipe, place, PROMPT, 20, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    torch.rand(5)  # the global generator has no part in it
+    texts.append(generate(gpt, recipe, place, PROMPT, 20, temperature=1.0, seed=1))
+    assert texts[0] == texts[1] == texts[3]
+    assert texts[0] != texts[2]
+
+
+def test_generation_leaves_the_generators_of_training_alone(model: tuple) -> None:
+    gpt, recipe, place = model
+    before = torch.get_rng_state()
+    generate(gpt, recipe, place, PROMPT, 3, temperature=1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_divides_the_logits(model: tuple, temperature: float) -> None:
+    """First tokens over many seeds come as often as softmax(logits / temperature) says."""
+    gpt, recipe, place = model
+    logits = next_token_logits(gpt.eval(), recipe, place, PROMPT)
+    expected = (logits.double() / temperature).softmax(-1)
+    draws = 3000
+    with mock.patch.object(module, "next_token_logits", return_value=logits):
+        first = [generate(gpt, recipe, place, PROMPT, 1, temperature, seed)[0] for seed in range(draws)]
+    counts = torch.bincount(torch.tensor(first), minlength=small.VOCAB).double()
+    spread = (draws * expected * (1 - expected)).sqrt()
+    assert ((counts - draws * expected).abs() <= 5 * spread + 3).all()
+
+
+def test_a_low_temperature_is_greedy(model: tuple) -> None:
+    gpt, recipe, place = model
+    cold = generate(gpt, recipe, place, PROMPT, 10, temperature=1e-4, seed=3)
+    assert cold == generate(gpt, recipe, place, PROMPT, 10)
+
+
+def test_stops_before_the_stop_token(model: tuple) -> None:
+    gpt, recipe, place = model
+    whole = generate(gpt, recipe, place, PROMPT, 15)
+    stop = whole[4]
+    assert generate(gpt, recipe, place, PROMPT, 15, stop=stop) == whole[: whole.index(stop)]
+    assert generate(gpt, recipe, place, [*PROMPT, stop], 15, stop=-1) == generate(
+        gpt, recipe, place, [*PROMPT, stop], 15
+    ), "a stop token in the prompt does not count"
+    assert generate(gpt, recipe, place, PROMPT, 0) == []
+
+
+@pytest.mark.parametrize("model_options", [{}, {"position_embedding": "learned"}], ids=["rope", "learned"])
+def test_a_long_prompt_is_read_from_its_end(single: topology.Topology, model_options: dict[str, Any]) -> None:
+    """Only the last seq_length tokens are seen, also when it is the new ones that make it long."""
+    recipe = small.recipe(model_options, {})
+    gpt = sharp_model(recipe, single)
+    long = torch.randint(0, small.VOCAB, (small.SEQ + 10,)).tolist()
+    assert generate(gpt, recipe, single, long, 5) == generate(gpt, recipe, single, long[-small.SEQ :], 5)
+    new = generate(gpt, recipe, single, PROMPT, small.SEQ + 5)
+    tokens = PROMPT + new
+    assert new[-1] == generate(gpt, recipe, single, tokens[-small.SEQ - 1 : -1], 1)[0]
+
+
+def texts(raw: dict[str, Any]) -> list[list[int]]:
+    recipe = parse_recipe(raw)
+    parallel = recipe.parallel
+    place = topology.initialize(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel)
+    gpt = sharp_model(recipe, place)
+    long = [(7 * i) % small.VOCAB for i in range(small.SEQ + 3)]
+    stop = generate(gpt, recipe, place, PROMPT, 5)[-1]
+    return [
+        generate(gpt, recipe, place, PROMPT, 5),
+        generate(gpt, recipe, place, PROMPT[:3], 8, temperature=1.0, seed=5),
+        generate(gpt, recipe, place, PROMPT, 12, stop=stop),
+        generate(gpt, recipe, place, long, 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (2, {"ep": 2}),
+        (2, {"pp": 2}),
+        (2, {"tp": 2}),
+        (2, {"tp": 2, "ep": 2, "sequence_parallel": True}),
+        (4, {"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True}),
+    ],
+    ids=lambda value: "".join(map(str, value)) if isinstance(value, dict) else str(value),
+)
+def test_every_layout_writes_the_same(world_size: int, parallel: dict[str, Any]) -> None:
+    """On every rank; the vocabulary of 96 and prompts of 3 and 4 tokens are divisible by tp and not."""
+    raw = small.recipe({"tie_embeddings": True}, {"capacity_factor": 0.5}).model_dump(mode="json")
+    whole = run_distributed(texts, 1, raw)[0]
+    assert run_distributed(texts, world_size, {**raw, "parallel": parallel}) == [whole] * world_size
+    assert len(whole[2]) < 12
+
+
+def texts_of_ranks_that_differ(stop: int | None) -> list[list[int]]:
+    """Each rank computes other logits, as rounding may make it: without a common choice they part, or hang."""
+    place = topology.initialize(ep=2)
+    recipe = small.recipe(moe={}, parallel={"ep": 2})
+    gpt = sharp_model(recipe, place)
+    exact = module.next_token_logits
+
+    def differing(*arguments: Any) -> torch.Tensor:
+        logits = exact(*arguments)
+        return logits.roll(dist.get_rank())
+
+    with mock.patch.object(module, "next_token_logits", differing):
+        return [generate(gpt, recipe, place, PROMPT, 6, t, stop=stop) for t in (0.0, 1.0)]
+
+
+def test_ranks_that_round_differently_stay_together() -> None:
+    free = run_distributed(texts_of_ranks_that_differ, 2, None)
+    assert free[0] == free[1]
+    stop = free[0][0][2]
+    stopped = run_distributed(texts_of_ranks_that_differ, 2, stop)
+    assert stopped[0] == stopped[1]
+    assert stopped[0][0] == free[0][0][: free[0][0].index(stop)]
