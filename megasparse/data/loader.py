@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same micro-batch on ``device``."""
-        tensors = {name: value if value is None else value.to(device) for name, value in vars(self).items()}
+        tensors: dict[str, Any] = {
+            name: value if value is None else value.to(device) for name, value in vars(self).items()
+        }
         return Batch(**tensors)
 
 

@@ -111,7 +111,8 @@ class Peer:
         self.optimizer.step()
         if self.masters is not self.weights:
             with torch.no_grad():
-                torch._foreach_copy_(self.weights, self.masters)
+                for weight, master in zip(self.weights, self.masters, strict=True):
+                    weight.copy_(master)
         self.optimizer.zero_grad()
         return loss.item(), norm.item()
 
@@ -128,6 +129,7 @@ class Transformers(Peer):
 
         model, moe = recipe.model, recipe.model.moe
         assert moe is not None
+        assert model.vocab_size is not None
         config = OlmoeConfig(
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
@@ -147,10 +149,11 @@ class Transformers(Peer):
             use_cache=False,
             eos_token_id=None,
             pad_token_id=None,  # else that row of the embedding gets no gradient
-            attn_implementation="sdpa",
-            experts_implementation="grouped_mm",
         )
-        olmoe = OlmoeForCausalLM(config).to(platform.DTYPES[recipe.training.precision])
+        config._attn_implementation, config._experts_implementation = "sdpa", "grouped_mm"
+        olmoe = OlmoeForCausalLM(config)
+        for weight in olmoe.parameters():
+            weight.data = weight.data.to(platform.DTYPES[recipe.training.precision])
         assert (olmoe.config._attn_implementation, olmoe.config._experts_implementation) == ("sdpa", "grouped_mm")
         load(olmoe, olmoe_weights(weights, recipe))
         super().__init__(recipe, olmoe)
