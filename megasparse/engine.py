@@ -308,6 +308,7 @@ def deepspeed_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
             "loss_scale_window": training.loss_scale_window,
             "hysteresis": 1,
         }
-    if recipe.parallel.zero_stage == 1 and training.precision != "bf16":
-        config["gradient_clipping"] = recipe.optimizer.clip_grad
+    # Only its partitioned optimizer clips for us. Unsaid, DeepSpeed 0.19 clips to 1 by a norm of its own.
+    partitioned = recipe.parallel.zero_stage == 1 and training.precision != "bf16"
+    config["gradient_clipping"] = recipe.optimizer.clip_grad if partitioned else 0.0
     return config

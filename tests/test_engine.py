@@ -229,3 +229,30 @@ def test_global_batch_balance_does_not_depend_on_accumulation(single: topology.T
         for ours, reference in zip(run, scopes["global_batch"][0], strict=True):
             assert ours == pytest.approx(reference, rel=1e-6)
     assert scopes["micro_batch"][1][0][2] != pytest.approx(scopes["micro_batch"][0][0][2], rel=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 0), ("fp32", 1), ("bf16", 1), ("fp16", 1)])
+def test_gradients_are_clipped_by_the_recipe_alone(single: topology.Topology, precision: str, zero_stage: int) -> None:
+    """DeepSpeed clips to 1 where it is not told otherwise. With a huge epsilon AdamW's step is the gradient times a
+    constant, so the length of the step is that of the clipped gradient."""
+    lengths = {}
+    for clip in (0.0, 0.5, 2.0, 1e6):
+        recipe = small.recipe(
+            {"init_std": 0.3},
+            {"aux_loss_coefficient": 0.0},
+            {"precision": precision, "loss_scale": 1.0},
+            optimizer={"eps": 100.0, "weight_decay": 0.0, "clip_grad": clip},
+            parallel={"zero_stage": zero_stage},
+        )
+        engine = engine_of(recipe, single)
+        before = [p.detach().clone().double() for p in engine.gpt.parameters()]
+        result = engine.train_step(small.batches(recipe, 0), 0, 1e4)
+        steps = [p.double() - b for p, b in zip(engine.gpt.parameters(), before, strict=True)]
+        lengths[clip] = torch.stack([s.norm() for s in steps]).norm().item() / 100  # lr / eps
+        assert result.grad_norm > 3
+        assert not result.skipped
+    tolerance = 0.02 if precision == "fp32" else 0.05
+    assert lengths[0.0] == pytest.approx(result.grad_norm, rel=tolerance)
+    assert lengths[1e6] == pytest.approx(result.grad_norm, rel=tolerance)
+    assert lengths[0.5] == pytest.approx(0.5, rel=tolerance)
+    assert lengths[2.0] == pytest.approx(2.0, rel=tolerance)
