@@ -6,6 +6,7 @@ over the tensor x data ranks of one pipeline stage.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -90,7 +91,7 @@ def initialize(tp: int = 1, pp: int = 1, ep: int = 1, sequence_parallel: bool = 
     if not dist.is_initialized():
         _default_environment()
         deepspeed.init_distributed(platform.backend(), verbose=False, timeout=COLLECTIVE_TIMEOUT)
-    parallel_state.initialize_model_parallel(tp, pp)
+    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
     groups.mpu = MegatronMPU()
     groups._create_expert_and_data_parallel(ep)
     torch.manual_seed(seed)
@@ -117,11 +118,19 @@ def initialize(tp: int = 1, pp: int = 1, ep: int = 1, sequence_parallel: bool = 
 
 
 def shutdown() -> None:
-    """Forget every group, so that :func:`initialize` can build another layout in this process."""
+    """Forget every group but the world, so that :func:`initialize` can build another layout in this process.
+
+    megatron-core and DeepSpeed forget theirs without destroying them; each gloo group left over keeps its threads.
+    """
     from deepspeed.utils import groups
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    groups._WORLD_GROUP = None
+    gc.collect()  # engines that hold groups are cycles
     for name in vars(groups):
         if name.startswith("_EXPERT_") and isinstance(vars(groups)[name], dict):
             vars(groups)[name].clear()

@@ -59,7 +59,15 @@ def command(*arguments: object, processes: int = 1) -> list[str]:
 
 
 def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments, processes=processes), capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        command(*arguments, processes=processes), capture_output=True, text=True, timeout=200, env=environment()
+    )
+
+
+def environment() -> dict[str, str]:
+    """Without what a process group of the test process itself has left there: its port is taken."""
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in launcher}
 
 
 def without_timing(run_dir: Path) -> list[dict[str, Any]]:
@@ -68,7 +76,8 @@ def without_timing(run_dir: Path) -> list[dict[str, Any]]:
 
 def kill_after(run_dir: Path, steps: int, arguments: list[str]) -> None:
     """Start a run and kill -9 its whole process group once ``steps`` steps are recorded."""
-    process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(arguments, start_new_session=True, stdout=quiet, stderr=quiet, env=environment())
     deadline = time.monotonic() + 120
     while len(read_metrics(run_dir)) < steps:
         assert process.poll() is None, "the run ended before it was killed"
