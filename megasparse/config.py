@@ -82,7 +82,7 @@ class MoE(Section):
     z_loss_coefficient: NonNegative = 0.0  # ST-MoE
     bias_update_rate: NonNegative = 0.0  # auxiliary-loss-free balancing (DeepSeek-V3); 0: no bias
     jitter: Fraction = 0.0  # input is multiplied by uniform(1 - jitter, 1 + jitter) before the router (Switch)
-    capacity_factor: PositiveFloat | None = None  # None: dropless
+    capacity_factor: PositiveFloat | None = None  # in training; None: dropless, as evaluation always is
     drop_policy: Literal["probs", "position"] = "probs"  # which tokens an expert over capacity keeps: best or first
 
     @model_validator(mode="after")

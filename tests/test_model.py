@@ -253,7 +253,7 @@ def layout_weights(raw: dict[str, Any], vocab: int) -> dict[str, torch.Tensor]:
 
 
 def test_experts_and_layers_are_the_same_in_every_layout() -> None:
-    recipe = small.recipe({"num_layers": 2}, {"shared_expert_ffn_hidden_size": 16})
+    recipe = small.recipe({"num_layers": 4}, {"layers": [0, 0, 1, 0], "shared_expert_ffn_hidden_size": 16})
     raw = recipe.model_dump(mode="json")
     whole = run_distributed(layout_weights, 1, raw, small.VOCAB)[0]
     seen: set[str] = set()

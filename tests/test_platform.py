@@ -180,6 +180,21 @@ def single() -> Iterator[topology.Topology]:
 
 
 @cpu_only
+def test_megatrons_tracker_keeps_streams_apart(single: topology.Topology) -> None:
+    """A fork draws from its own generator, goes on where it stopped, and leaves the ordinary one as it was."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    before = torch.get_rng_state()
+    drawn = []
+    for _ in range(2):
+        with get_cuda_rng_tracker().fork():
+            drawn.append(torch.rand(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], torch.rand(3))
+
+
+@cpu_only
 def test_recompute_draws_the_same_dropout(single: topology.Topology) -> None:
     """mcore saves and restores the generators it takes for the GPU's: with the redirected ones, recomputed layers
     have the masks of the first pass, and gradients are those without recomputation."""
