@@ -21,8 +21,11 @@ from megasparse.topology import Topology
 
 
 def recipe(model: dict[str, Any], seq: int, batch: int, precision: str) -> Recipe:
-    """What OLMoE, megatron-core and we can all say: RoPE, full-width norm of q and k, no scaling of the k scores."""
-    moe = {"normalize_scores": False, "aux_loss_coefficient": 0.01, **model.pop("moe")}
+    """What OLMoE, megatron-core and we can all say: RoPE, full-width norm of q and k, no scaling of the k scores.
+
+    No load-balance loss: each defines its own, and all are to compute the same function.
+    """
+    moe = {"normalize_scores": False, "aux_loss_coefficient": 0.0, **model.pop("moe")}
     return parse_recipe(
         {
             "name": "train-step",
@@ -96,13 +99,13 @@ class Peer:
             fused=True,
         )
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(what is differentiated, cross-entropy per token)."""
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy per token."""
         raise NotImplementedError
 
     def step(self, batch: Batch, number: int) -> tuple[float, float]:
-        objective, loss = self.losses(batch)
-        objective.backward()
+        loss = self.loss(batch)
+        loss.backward()
         if self.masters is not self.weights:
             for master, weight in zip(self.masters, self.weights, strict=True):
                 assert weight.grad is not None
@@ -118,11 +121,7 @@ class Peer:
 
 
 class Transformers(Peer):
-    """OlmoeForCausalLM with SDPA attention and grouped_mm experts.
-
-    Its auxiliary loss pools the layers and is top_k times the mean of ours, so its coefficient is ours times layers
-    / top_k: the gradients are close, not equal.
-    """
+    """OlmoeForCausalLM with SDPA attention and grouped_mm experts."""
 
     def __init__(self, recipe: Recipe, weights: dict[str, Tensor]) -> None:
         from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -140,8 +139,6 @@ class Transformers(Peer):
             num_experts=moe.num_experts,
             num_experts_per_tok=moe.top_k,
             norm_topk_prob=moe.normalize_scores,
-            router_aux_loss_coef=moe.aux_loss_coefficient * model.num_layers / moe.top_k,
-            output_router_logits=True,
             tie_word_embeddings=model.tie_embeddings,
             max_position_embeddings=recipe.data.seq_length,
             rms_norm_eps=model.norm_epsilon,
@@ -158,9 +155,8 @@ class Transformers(Peer):
         load(olmoe, olmoe_weights(weights, recipe))
         super().__init__(recipe, olmoe)
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        output = self.model(input_ids=batch.tokens, shift_labels=batch.labels, labels=batch.labels)
-        return output.loss, (output.loss - self.model.router_aux_loss_coef * output.aux_loss).detach()
+    def loss(self, batch: Batch) -> Tensor:
+        return self.model(input_ids=batch.tokens, shift_labels=batch.labels, labels=batch.labels).loss
 
 
 class Megatron(Peer):
@@ -178,9 +174,8 @@ class Megatron(Peer):
         super().__init__(recipe, model)
         self.future = torch.ones(recipe.data.seq_length, recipe.data.seq_length).triu(1).bool()  # mcore's own asks CUDA
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss = self.model(batch.tokens, batch.position_ids, self.future, labels=batch.labels).float().mean()
-        return loss, loss.detach()
+    def loss(self, batch: Batch) -> Tensor:
+        return self.model(batch.tokens, batch.position_ids, self.future, labels=batch.labels).float().mean()
 
 
 def load_balancing_tracker(recipe: Recipe) -> None:
