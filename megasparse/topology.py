@@ -75,7 +75,8 @@ class MegatronMPU:
 def initialize(tp: int = 1, pp: int = 1, ep: int = 1, sequence_parallel: bool = False, seed: int = 1234) -> Topology:
     """Join the process group (one process where no launcher set WORLD_SIZE) and create every group of the layout.
 
-    Seeds megatron-core's random state: the same for all ranks but tensor-parallel regions, which differ by tp rank.
+    Seeds what dropout draws from: alike on the tensor-parallel ranks of a stage, which hold the same activations, but
+    for megatron-core's tensor-parallel regions; different between data-parallel ranks and between stages.
     """
     platform.activate()
     import deepspeed
@@ -93,6 +94,9 @@ def initialize(tp: int = 1, pp: int = 1, ep: int = 1, sequence_parallel: bool = 
     parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
     groups.mpu = MegatronMPU()
     groups._create_expert_and_data_parallel(ep)
+    dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    seed += tp * (pp_rank * dp + dp_rank)  # megatron-core adds the tp rank
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -104,9 +108,9 @@ def initialize(tp: int = 1, pp: int = 1, ep: int = 1, sequence_parallel: bool = 
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp=pp,
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        dp=parallel_state.get_data_parallel_world_size(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
+        pp_rank=pp_rank,
+        dp=dp,
+        dp_rank=dp_rank,
         dp_group=parallel_state.get_data_parallel_group(),
         ep=ep,
         ep_rank=groups._get_expert_parallel_rank(expert),

@@ -6,8 +6,12 @@ import os
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from megasparse import topology
 
 torch.set_num_threads(1)
 
@@ -15,3 +19,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(1234)
+
+
+@pytest.fixture(scope="module")
+def single() -> Iterator[topology.Topology]:
+    """One process: its groups, made once for a file's tests, as each group costs threads."""
+    yield topology.initialize()
+    topology.shutdown()

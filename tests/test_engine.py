@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,13 +27,6 @@ GPT2 = {
 }
 OLMOE = {"qk_norm": "full"}
 OLMOE_ROUTER = {"normalize_scores": False, "aux_loss_scope": "all_layers", "aux_loss_coefficient": 0.01}
-
-
-@pytest.fixture
-def single() -> Iterator[topology.Topology]:
-    """One process."""
-    yield topology.initialize()
-    topology.shutdown()
 
 
 def engine_of(recipe: Recipe, place: topology.Topology) -> Engine:

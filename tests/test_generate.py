@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -19,13 +18,6 @@ from tests import small
 from tests.helpers import assert_close, run_distributed
 
 PROMPT = [5, 6, 8, 9]
-
-
-@pytest.fixture
-def single() -> Iterator[topology.Topology]:
-    """One process."""
-    yield topology.initialize()
-    topology.shutdown()
 
 
 def sharp_model(recipe: Recipe, place: topology.Topology) -> GPTModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,13 +66,6 @@ FAMILIES = {
         | {"layers": [0, 1, 1], "shared_expert_ffn_hidden_size": 96, "bias_update_rate": 0.001},
     ),
 }
-
-
-@pytest.fixture
-def single() -> Iterator[topology.Topology]:
-    """One process."""
-    yield topology.initialize()
-    topology.shutdown()
 
 
 def logits_of(gpt: GPTModel, ids: torch.Tensor) -> torch.Tensor:

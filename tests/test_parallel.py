@@ -139,9 +139,10 @@ def test_ep2_with_everything_on() -> None:
         (2, {"tp": 2}),
         (2, {"tp": 2, "sequence_parallel": True, "ep": 2}),
         (2, {"pp": 2}),
+        (2, {"pp": 2, "zero_stage": 0}),
         (4, {"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True}),
     ],
-    ids=["tp2", "tp2sp-ep2", "pp2", "tp2pp2ep2"],
+    ids=["tp2", "tp2sp-ep2", "pp2", "pp2-zero0", "tp2pp2ep2"],
 )
 def test_tensor_and_pipeline_parallel(world_size: int, parallel: dict[str, Any]) -> None:
     """Tied embeddings, full-width query norms, global-batch statistics and a capacity over the whole micro-batch."""

@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -170,13 +169,6 @@ def test_fp16_on_cuda_is_deepspeeds_answer(monkeypatch: pytest.MonkeyPatch) -> N
     with mock.patch.object(torch.cuda, "is_available", return_value=True):
         platform.allow_fp16()
     assert not accelerator.is_fp16_supported()
-
-
-@pytest.fixture
-def single() -> Iterator[topology.Topology]:
-    """One process."""
-    yield topology.initialize()
-    topology.shutdown()
 
 
 @cpu_only

@@ -105,22 +105,22 @@ def test_one_layout_leaves_nothing_to_the_next() -> None:
             assert_close(losses, whole, 1e-6, str(parallel))
 
 
-def draws(tp: int) -> tuple[list[float], list[float]]:
+def draws(tp: int, pp: int) -> tuple[list[float], list[float]]:
     """From torch's generator and from that of tensor-parallel regions."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    topology.initialize(tp)
+    topology.initialize(tp, pp)
     ordinary = torch.rand(3).tolist()
     with get_cuda_rng_tracker().fork():
         return ordinary, torch.rand(3).tolist()
 
 
-def test_seeds() -> None:
-    ranks = run_distributed(draws, 4, 2)
-    assert ranks[0][0] == ranks[1][0] == ranks[2][0] == ranks[3][0]
-    assert ranks[0][1] == ranks[2][1]
-    assert ranks[1][1] == ranks[3][1]
-    assert ranks[0][1] != ranks[1][1], "the halves of a tensor-parallel region have masks of their own"
+@pytest.mark.parametrize("pp", [1, 2])
+def test_seeds(pp: int) -> None:
+    """Two tensor-parallel pairs, of two replicas or of two stages."""
+    ordinary, regions = zip(*run_distributed(draws, 4, 2, pp), strict=True)
+    assert ordinary[0] == ordinary[1] != ordinary[2] == ordinary[3]
+    assert len(set(map(tuple, regions))) == 4, "the halves of a tensor-parallel region have masks of their own"
 
 
 def test_the_seed_matters_and_is_repeatable() -> None:

@@ -108,11 +108,13 @@ def check_resumable(path: Path, recipe: Recipe, world_size: int, fingerprint: st
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The checkpoint's manifest; ValueError if a file of it is missing or has another size."""
+    """The checkpoint's manifest; ValueError if it is of another format, or a file is missing or has another size."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, json.JSONDecodeError):
         raise ValueError(f"{path} is not a whole checkpoint: it has no readable manifest.json") from None
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{path} has format {manifest['format']}, this version of megasparse reads {FORMAT}")
     for name, size in manifest["bytes"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -37,6 +39,8 @@ class CoreAttention(MegatronModule):
         assert config.context_parallel_size == 1
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
+        # Tensor-parallel ranks have other heads, so other masks; with sequence parallelism mcore forks for the block.
+        self.forks = self.dropout > 0 and config.tensor_model_parallel_size > 1 and not config.sequence_parallel
 
     def forward(
         self,
@@ -53,16 +57,17 @@ class CoreAttention(MegatronModule):
         -> [seq, batch, heads * head_dim].
         """
         seq, batch, heads, head_dim = query.shape
-        output = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=None if attention_mask is None else document_mask(attention_mask),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=attention_mask is None,
-            scale=self.scale,
-            enable_gqa=heads != key.shape[2],
-        )
+        with get_cuda_rng_tracker().fork() if self.forks else contextlib.nullcontext():
+            output = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=None if attention_mask is None else document_mask(attention_mask),
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=attention_mask is None,
+                scale=self.scale,
+                enable_gqa=heads != key.shape[2],
+            )
         return output.permute(2, 0, 1, 3).reshape(seq, batch, heads * head_dim)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ FINGERPRINT = "abc"
 # Everything that has state: dropout and jitter (generators), bias and load of the routers, moments.
 MOE = {"bias_update_rate": 0.01, "jitter": 0.05, "aux_loss_scope": "global_batch", "layers": [0, 1]}
 MODEL = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "bias": "qkv"}
-
-
-@pytest.fixture
-def single() -> Iterator[topology.Topology]:
-    """One process."""
-    yield topology.initialize()
-    topology.shutdown()
 
 
 def recipe_of(precision: str = "fp32", zero_stage: int = 1, **parallel: Any) -> Recipe:
@@ -280,6 +272,14 @@ def test_a_manifest_that_says_nothing(saved: tuple[Engine, Path], content: str |
         manifest.write_text(content)
     with pytest.raises(ValueError, match=r"step_1 is not a whole checkpoint.*manifest\.json"):
         native.check_resumable(folder / "step_1", engine.recipe, 1, FINGERPRINT)
+
+
+def test_a_manifest_of_another_format(saved: tuple[Engine, Path]) -> None:
+    path = saved[1] / "step_1" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(ValueError, match="step_1 has format 2, this version of megasparse reads 1"):
+        native.read_manifest(path.parent)
 
 
 def test_the_manifest(saved: tuple[Engine, Path]) -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from megasparse import topology
 from megasparse.layers.attention import CoreAttention, document_mask
-from tests.helpers import assert_close
+from megasparse.model import transformer_config
+from tests import small
+from tests.helpers import assert_close, run_distributed
 
 
 def make(head_dim: int, dropout: float = 0.0, **arguments: Any) -> CoreAttention:
-    config = SimpleNamespace(kv_channels=head_dim, attention_dropout=dropout, context_parallel_size=1)
+    config = SimpleNamespace(
+        kv_channels=head_dim, attention_dropout=dropout, context_parallel_size=1, tensor_model_parallel_size=1
+    )
     return CoreAttention(config, 1, AttnMaskType.causal, "self", **arguments)
 
 
@@ -105,3 +112,20 @@ def test_dropout_is_for_training_only_and_keeps_the_mean(documents: Tensor | Non
     assert samples.std(0).max() > 0.1
     deviation = (samples.mean(0) - exact).abs() / (samples.std(0) / math.sqrt(1500) + 1e-12)
     assert deviation.max() < 6
+
+
+def dropped_attention(sequence_parallel: bool) -> tuple[Tensor, Tensor]:
+    """(output of the core for the same heads on every rank, what torch's generator gives next)."""
+    recipe = small.recipe(model={"attention_dropout": 0.5}, parallel={"tp": 2, "sequence_parallel": sequence_parallel})
+    place = topology.initialize(2, sequence_parallel=sequence_parallel)
+    core = CoreAttention(transformer_config(recipe, place), 1, AttnMaskType.causal, "self").train()
+    with get_cuda_rng_tracker().fork() if sequence_parallel else contextlib.nullcontext():  # as mcore's block does
+        output = core(*(torch.ones(8, 2, 2, 4) for _ in range(3)), None)
+    return output, torch.rand(3)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_heads_of_other_tensor_parallel_ranks_are_dropped_elsewhere(sequence_parallel: bool) -> None:
+    (first, after_first), (second, after_second) = run_distributed(dropped_attention, 2, sequence_parallel)
+    assert not torch.equal(first, second)
+    assert torch.equal(after_first, after_second), "what is drawn for whole activations stays alike"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,13 +20,6 @@ from tests import small
 from tests.helpers import assert_close, run_distributed
 
 SEQ, BATCH, HIDDEN, EXPERTS = 6, 2, 32, 8
-
-
-@pytest.fixture
-def single() -> Iterator[topology.Topology]:
-    """One process."""
-    yield topology.initialize()
-    topology.shutdown()
 
 
 def make(

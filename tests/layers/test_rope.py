@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -77,12 +76,6 @@ def test_llama3_keeps_fast_pairs_and_slows_slow_ones() -> None:
     between = (turns > 1) & (turns < 4)
     assert between.any()
     assert ((scaled < plain) & (scaled > plain / factor))[between].all()
-
-
-@pytest.fixture
-def single() -> Iterator[topology.Topology]:
-    yield topology.initialize()
-    topology.shutdown()
 
 
 SHORT = {"original_max_position_embeddings": 8}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,11 +21,7 @@ from tests.test_engine import engine_of
 EXPERTS, HIDDEN, TOKENS = 12, 16, 40
 
 
-@pytest.fixture(autouse=True)
-def single() -> Iterator[topology.Topology]:
-    """One process, which is its own tensor-parallel group."""
-    yield topology.initialize()
-    topology.shutdown()
+pytestmark = pytest.mark.usefixtures("single")
 
 
 def make(state: RouterState | None = None, dtype: torch.dtype = torch.float64, **options: Any) -> Router:

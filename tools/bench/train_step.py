@@ -163,7 +163,7 @@ def main() -> None:
             f"{row['last_loss']:.4f}",
             f"{row['peak_mib']:.0f}",
         )
-    Console().print(table)
+    Console(width=110).print(table)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"run": title, "contenders": results}, indent=2) + "\n")
 
