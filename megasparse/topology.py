@@ -75,8 +75,8 @@ class MegatronMPU:
 def initialize(tp: int = 1, pp: int = 1, ep: int = 1, sequence_parallel: bool = False, seed: int = 1234) -> Topology:
     """Join the process group (one process where no launcher set WORLD_SIZE) and create every group of the layout.
 
-    Seeds what dropout draws from: alike on the tensor-parallel ranks of a stage, which hold the same activations, but
-    for megatron-core's tensor-parallel regions; different between data-parallel ranks and between stages.
+    Seeds what dropout draws from. It differs between data-parallel ranks and between stages. The tensor-parallel ranks
+    of a stage draw alike for activations they all hold, and differently in megatron-core's tensor-parallel regions.
     """
     platform.activate()
     import deepspeed

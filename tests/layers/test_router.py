@@ -20,7 +20,6 @@ from tests.test_engine import engine_of
 
 EXPERTS, HIDDEN, TOKENS = 12, 16, 40
 
-
 pytestmark = pytest.mark.usefixtures("single")
 
 
