@@ -76,7 +76,7 @@ def compare(recipe: Recipe, world_size: int, parallel: dict[str, Any], masked: b
     """Losses and norms to 1e-6, every updated weight to 1e-5, no route flipped.
 
     AdamW divides a gradient by its own size: where it is all rounding (an expert's hardly used row), eps=1e-8 turns
-    noise into full-size updates: one weight of 86,688 then differs by 4.7e-5 under ep2, fifteen by up to 1e-4 under tp2.
+    noise into full-size updates: one weight of 86,688 then is 4.7e-5 off under ep2, fifteen up to 1e-4 under tp2.
     In float64 the first is 5e-7, so it is rounding. With eps=1e-5 such weights move by little in either layout.
     """
     raw = recipe.model_dump(mode="json")
