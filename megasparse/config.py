@@ -199,19 +199,21 @@ class Schedule(Section):
 
 
 class Parallel(Section):
-    """How the run is split. Data parallelism is what is left of the world: world / (tp * pp)."""
+    """How the run is split. Data parallelism is what is left of the world: world / (tp * pp * cp). What goes together
+    is topology.check_layout's to say."""
 
     tp: PositiveInt = 1  # tensor parallel
     sequence_parallel: bool = False  # with tp: norms and residuals are split along the sequence
     pp: PositiveInt = 1  # pipeline parallel
-    ep: PositiveInt = 1  # expert parallel, folded over tp x dp
-    zero_stage: Literal[0, 1] = 1
-
-    @model_validator(mode="after")
-    def _check(self) -> Parallel:
-        if self.sequence_parallel and self.tp == 1:
-            raise ValueError("sequence_parallel=true needs tp > 1")
-        return self
+    vp: PositiveInt = 1  # virtual pipeline: model chunks a stage holds, interleaved (Narayanan et al. 2021)
+    layers_per_stage: list[PositiveInt] | None = None
+    """Layers of each of the pp * vp stages, in the order of the model. None: even, with these weights:"""
+    embedding_weight: NonNegative = 0.0  # the embedding's share of the first stage, in layers
+    loss_weight: NonNegative = 0.0  # the output layer and loss's share of the last stage, in layers
+    cp: PositiveInt = 1  # context parallel: the sequence is split, keys and values are gathered
+    ep: PositiveInt = 1  # expert parallel, folded over tp x cp x dp
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    offload_optimizer: bool = False  # ZeRO's master weights and moments, and the step, on the CPU
 
 
 class Training(Section):
@@ -263,7 +265,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        model, data, training, parallel = self.model, self.data, self.training, self.parallel
+        model, data, training = self.model, self.data, self.training
         if training.global_batch_size % training.micro_batch_size:
             raise ValueError(
                 f"training.global_batch_size={training.global_batch_size} is not divisible by "
@@ -284,55 +286,9 @@ class Recipe(Section):
                 f"schedule.warmup_tokens + decay_tokens is more than the run's {self.total_tokens} tokens "
                 "(training.steps * global_batch_size * data.seq_length)"
             )
-        self._check_layout(parallel, model, training)
+        if model.moe is not None and model.moe.aux_loss_scope == "all_layers" and training.recompute != "none":
+            raise ValueError("model.moe.aux_loss_scope=all_layers keeps every layer's graph: set recompute=none")
         return self
-
-    def _check_layout(self, parallel: Parallel, model: Model, training: Training) -> None:
-        moe = model.moe
-        if parallel.ep > 1 and moe is None:
-            raise ValueError(f"parallel.ep={parallel.ep} needs model.moe: a dense model has no experts")
-        if moe is not None and moe.num_experts % parallel.ep:
-            raise ValueError(f"model.moe.num_experts={moe.num_experts} is not divisible by parallel.ep={parallel.ep}")
-        for field, value in (
-            ("num_attention_heads", model.num_attention_heads),
-            ("num_query_groups", model.kv_heads),
-            ("ffn_hidden_size", model.ffn_size),
-        ):
-            if value % parallel.tp:
-                raise ValueError(f"model.{field}={value} is not divisible by parallel.tp={parallel.tp}")
-        if parallel.sequence_parallel and self.data.seq_length % parallel.tp:
-            raise ValueError(f"data.seq_length={self.data.seq_length} is not divisible by parallel.tp={parallel.tp}")
-        if model.num_layers % parallel.pp:
-            raise ValueError(f"model.num_layers={model.num_layers} is not divisible by parallel.pp={parallel.pp}")
-        if moe is not None and moe.aux_loss_scope == "all_layers":
-            if parallel.pp > 1:
-                raise ValueError("model.moe.aux_loss_scope=all_layers pools every layer: it needs parallel.pp=1")
-            if training.recompute != "none":
-                raise ValueError("model.moe.aux_loss_scope=all_layers keeps every layer's graph: set recompute=none")
-        if training.precision != "fp32" and parallel.zero_stage == 0:
-            raise ValueError(
-                f"training.precision={training.precision} needs parallel.zero_stage=1: "
-                "DeepSpeed keeps fp32 master weights only in its ZeRO optimizer"
-            )
-
-    def data_parallel_size(self, world_size: int) -> int:
-        """Data-parallel ranks in a world of ``world_size``; ValueError if the layout does not fit it."""
-        parallel, training = self.parallel, self.training
-        stage = parallel.tp * parallel.pp
-        if world_size % stage:
-            raise ValueError(f"{world_size} processes cannot be split into tp={parallel.tp} x pp={parallel.pp}")
-        if (world_size // parallel.pp) % parallel.ep:
-            raise ValueError(
-                f"parallel.ep={parallel.ep} does not divide the {world_size // parallel.pp} processes of a pipeline "
-                f"stage: start a multiple of {parallel.ep * parallel.pp} processes or change ep"
-            )
-        data_parallel = world_size // stage
-        if training.global_batch_size % (training.micro_batch_size * data_parallel):
-            raise ValueError(
-                f"training.global_batch_size={training.global_batch_size} is not divisible by micro_batch_size="
-                f"{training.micro_batch_size} x {data_parallel} data-parallel processes"
-            )
-        return data_parallel
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:

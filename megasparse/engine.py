@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -26,7 +27,7 @@ from megasparse import platform
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
 from megasparse.layers.router import RouterState, auxiliary_losses
-from megasparse.model import GPTModel, moe_layers
+from megasparse.model import GPTModel, local_weights, moe_layers
 from megasparse.topology import MegatronMPU, Topology
 
 
@@ -46,13 +47,13 @@ class StepResult:
 class Engine:
     """The model of this rank under DeepSpeed: ``train_step``, ``evaluate``, and the module for checkpoints."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, gpt: GPTModel, router_state: RouterState) -> None:
-        self.recipe, self.topology, self.gpt, self.router_state = recipe, topology, gpt, router_state
-        self.config: Any = gpt.config
+    def __init__(self, recipe: Recipe, topology: Topology, chunks: nn.ModuleList, router_state: RouterState) -> None:
+        self.recipe, self.topology, self.chunks, self.router_state = recipe, topology, chunks, router_state
+        self.config: Any = chunks[0].config
         if recipe.training.precision == "fp16":
             platform.allow_fp16()
         optimizer = torch.optim.AdamW(
-            parameter_groups(gpt, recipe.optimizer.weight_decay),
+            parameter_groups(chunks, recipe.optimizer.weight_decay),
             lr=recipe.optimizer.lr,
             betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
             eps=recipe.optimizer.eps,
@@ -60,29 +61,39 @@ class Engine:
         )
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory readings
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
-                model=gpt,
+                model=chunks,
                 optimizer=optimizer,  # type: ignore[arg-type]
                 config=deepspeed_config(recipe, topology),
                 mpu=MegatronMPU(),
             )
-        if recipe.parallel.zero_stage == 1 and recipe.training.precision != "bf16":
+        if self._partitioned:
             # Its own norm waits for ranks that have no experts and counts by its own rules: give it the exact one.
             self.optimizer.scaled_global_norm = self._scaled_global_norm
         self.config.finalize_model_grads_func = self._finalize_gradients
         if recipe.training.precision == "fp16":
             self.config.grad_scale_func = lambda loss: loss * self.optimizer.loss_scale
-        self._moe = moe_layers(gpt)
+        self._moe = moe_layers(chunks)
+        self._partial = [
+            weight.tensor
+            for weight in local_weights(chunks, topology)
+            if topology.tp > 1 and getattr(weight.tensor, "sequence_parallel", False)
+        ]
+        if (
+            topology.zero_stage == 2
+        ):  # it reduces over data parallelism as backward goes: what is partial is summed before
+            for parameter in self._partial:
+                parameter.register_hook(self._sum_over_tensor_parallel)
 
     # Training ------------------------------------------------------------------------------------------------------
 
     def train_step(self, batches: list[Batch], step: int, learning_rate: float) -> StepResult:
         """One optimizer step (``step`` counts from 0) on this rank's micro-batches."""
-        self.gpt.train()
+        self.chunks.train()
         self.router_state.begin(step, len(batches))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         tokens = self._loss_tokens(batches)
-        losses = self._forward_backward(batches, scale=self.topology.dp / tokens)
+        losses = self._forward_backward(batches, scale=self.topology.replicas / tokens)
         statistics = self._reduce_statistics(losses, tokens)
         loss_scale = self._loss_scale()
         self._norm = self._gradient_norm()
@@ -105,12 +116,14 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """(sum of nats, tokens scored) over every data-parallel rank's batches; ranks pass equally many."""
-        self.gpt.eval()
+        self.chunks.eval()
         nats, tokens = 0.0, 0.0
         for batch in batches:
-            losses = self._forward_backward([batch], scale=1.0, forward_only=True)
-            nats += sum(loss.item() for loss in losses)
-            tokens += batch.loss_mask.sum().item()
+            # Interleaved stages want as many micro-batches as stages: the others are copies that are not counted.
+            copies = [batch] * (self.topology.pp if self.topology.vp > 1 else 1)
+            losses = self._forward_backward(copies, scale=1.0, forward_only=True)
+            nats += sum(loss.item() for loss in losses[:1])
+            tokens += batch.loss_mask.sum().item() / self.topology.cp  # the same on every context-parallel rank
         nats = nats if self._reports_loss else 0.0
         tokens = tokens if self._reports_loss else 0.0
         nats, tokens = self._all_reduce([nats, tokens], None)
@@ -118,17 +131,27 @@ class Engine:
 
     def _forward_backward(self, batches: list[Batch], scale: float, forward_only: bool = False) -> list[Tensor]:
         """Run the pipeline; returns each micro-batch's summed loss on the last stage, [] elsewhere."""
+        place = self.topology
+        parts = [batch.context_part(place.cp_rank, place.cp) for batch in batches]
+        chunks = list(self.chunks)
+        self._started = 0
         return get_forward_backward_func()(
-            forward_step_func=lambda iterator, model: self._forward(next(iterator), model, scale),
-            data_iterator=iter(batches),
-            model=self.gpt,
-            num_microbatches=len(batches),
+            forward_step_func=lambda iterator, model: self._forward(next(iterator), model, scale, len(batches)),
+            data_iterator=[iter(parts) for _ in chunks] if place.vp > 1 else iter(parts),
+            model=chunks if place.vp > 1 else chunks[0],
+            num_microbatches=len(parts),
             seq_length=self.recipe.data.seq_length,
             micro_batch_size=self.recipe.training.micro_batch_size,
             forward_only=forward_only,
         )
 
-    def _forward(self, batch: Batch, model: GPTModel, scale: float) -> tuple[Tensor, Any]:
+    def _forward(self, batch: Batch, model: GPTModel, scale: float, num_micro_batches: int) -> tuple[Tensor, Any]:
+        if self.topology.zero_stage == 2 and torch.is_grad_enabled():
+            # Its hooks reduce each backward's gradients: close the previous one's, and say whether this is the last.
+            if self._started > 0:
+                self.optimizer.overlapping_partition_gradients_reduce_epilogue()
+            self._started += 1
+            self.deepspeed.set_gradient_accumulation_boundary(self._started == num_micro_batches)
         batch = batch.to(platform.device())
         output = model(
             batch.tokens,
@@ -140,7 +163,7 @@ class Engine:
 
         def loss_function(token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """Token losses [batch, seq] -> what is differentiated: the local sum over the global batch's tokens,
-            times the data-parallel size that DeepSpeed's average will divide by."""
+            times the number of replicas that DeepSpeed's average will divide by."""
             total = (token_losses * batch.loss_mask).sum()
             return total * scale, batch.loss_mask.sum().int(), total.detach()
 
@@ -148,15 +171,26 @@ class Engine:
 
     def _finalize_gradients(self, models: Any, num_tokens: Any = None, **_: Any) -> None:
         """Called by mcore's schedule after the last backward, before the optimizer."""
-        if self.topology.tp > 1:
-            for parameter in self.gpt.parameters():
-                if getattr(parameter, "sequence_parallel", False):
-                    dist.all_reduce(self._gradient(parameter), group=self.topology.tp_group)
+        if self._partial and self.topology.zero_stage < 2:
+            gradients = [self._gradient(parameter) for parameter in self._partial]
+            for gradient, total in zip(gradients, self._sum_over_tensor_parallel(*gradients), strict=True):
+                gradient.copy_(total)
         if self.recipe.model.tie_embeddings and self.topology.pp > 1 and parallel_state.is_rank_in_embedding_group():
-            shared = self.gpt.shared_embedding_or_output_weight()
+            chunk: Any = self.chunks[0] if self.topology.is_first_stage else self.chunks[-1]
+            shared = chunk.shared_embedding_or_output_weight()
             dist.all_reduce(self._gradient(shared), group=parallel_state.get_embedding_group())
-        if self.recipe.parallel.zero_stage == 1 or self.topology.world_size > 1:
+        if self.topology.zero_stage > 0 or self.topology.world_size > 1:
             self.deepspeed.allreduce_gradients()
+
+    def _sum_over_tensor_parallel(self, *gradients: Tensor) -> Any:
+        """Their sums over the tensor-parallel ranks, in one message; one tensor for one."""
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat, group=self.topology.tp_group)
+        sums = [
+            part.view_as(gradient)
+            for part, gradient in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)
+        ]
+        return sums if len(sums) > 1 else sums[0]
 
     def _gradient(self, parameter: Tensor) -> Tensor:
         """The full local gradient, before data-parallel reduction: DeepSpeed's bf16 optimizer keeps it in fp32."""
@@ -179,7 +213,7 @@ class Engine:
             self.deepspeed.step()
         else:
             self.optimizer.zero_grad()
-        self.gpt.zero_grad()
+        self.chunks.zero_grad()
 
     @property
     def _partitioned(self) -> bool:
@@ -197,7 +231,7 @@ class Engine:
             ):
                 yield from zip(gradients, parameters, strict=True)
         else:
-            for parameter in self.gpt.parameters():
+            for parameter in self.chunks.parameters():
                 if parameter.grad is not None:
                     yield parameter.grad, parameter
 
@@ -214,7 +248,7 @@ class Engine:
             elif getattr(parameter, "tensor_model_parallel", False) or self.topology.tp_rank == 0:
                 dense += square
         if not self._partitioned:  # every data-parallel rank counted the same gradient
-            dense, experts = dense / self.topology.dp, experts / self.topology.expert_dp
+            dense, experts = dense / self.topology.replicas, experts / self.topology.expert_dp
         return math.sqrt(self._all_reduce([(dense + experts).item()], None)[0])
 
     def _scaled_global_norm(self, norm_type: int = 2) -> Tensor:
@@ -234,7 +268,7 @@ class Engine:
     def _loss_tokens(self, batches: list[Batch]) -> float:
         """Tokens of the global batch that have a loss; 1 where every one is masked."""
         own = sum(batch.loss_mask.sum().item() for batch in batches)
-        return max(self._all_reduce([own], self.topology.dp_group)[0], 1.0)
+        return max(self._all_reduce([own], self.topology.replica_group)[0] / self.topology.cp, 1.0)
 
     def _reduce_statistics(self, losses: list[Tensor], tokens: float) -> _Statistics:
         """The global batch's statistics from every rank's part: one all-reduce over the world."""
@@ -265,16 +299,21 @@ class _Statistics:
     dropped: int
 
 
-def parameter_groups(gpt: GPTModel, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups: decayed matrices and undecayed vectors; experts apart, as DeepSpeed reduces them elsewhere."""
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for parameter in gpt.parameters():
+    for parameter in chunks.parameters():
         decayed, expert = parameter.dim() > 1, not getattr(parameter, "allreduce", True)
         if (decayed, expert) not in groups:
             moe = {"moe": True, "name": parameter.group_name} if expert else {}
             groups[decayed, expert] = {"params": [], "weight_decay": weight_decay if decayed else 0.0, **moe}
         groups[decayed, expert]["params"].append(parameter)
     return list(groups.values())
+
+
+def bf16_optimizer(recipe: Recipe, topology: Topology) -> bool:
+    """Is it DeepSpeed's BF16_Optimizer that steps, its ZeRO-1 for bf16, and not the one for the other precisions?"""
+    return recipe.training.precision == "bf16" and topology.zero_stage == 1 and not topology.offload_optimizer
 
 
 def deepspeed_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
@@ -289,15 +328,17 @@ def deepspeed_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
-            "stage": recipe.parallel.zero_stage,
+            "stage": topology.zero_stage,
             "overlap_comm": False,
             "contiguous_gradients": True,  # false averages expert gradients over the wrong group (ZeRO-1, ep > 1)
             "reduce_scatter": True,
             "reduce_bucket_size": 2**24,  # elements; DeepSpeed allocates the whole bucket
             "allgather_bucket_size": 2**24,
+            **({"offload_optimizer": {"device": "cpu"}} if topology.offload_optimizer else {}),
         },
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU as well
     }
-    if training.precision == "bf16":
+    if bf16_optimizer(recipe, topology):
         # Master weights, moments and accumulated gradients in fp32; gradients are added there as backward makes them.
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -309,6 +350,6 @@ def deepspeed_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
             "hysteresis": 1,
         }
     # Only its partitioned optimizer clips for us. Unsaid, DeepSpeed 0.19 clips to 1 by a norm of its own.
-    partitioned = recipe.parallel.zero_stage == 1 and training.precision != "bf16"
+    partitioned = topology.zero_stage > 0 and not bf16_optimizer(recipe, topology)
     config["gradient_clipping"] = recipe.optimizer.clip_grad if partitioned else 0.0
     return config

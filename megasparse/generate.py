@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megasparse.config import Recipe
+from megasparse.data.loader import zigzag
 from megasparse.model import GPTModel
 from megasparse.topology import Topology
 
 
 @torch.no_grad()
 def generate(
-    gpt: GPTModel,
+    chunks: nn.ModuleList,
     recipe: Recipe,
     topology: Topology,
     prompt: list[int],
@@ -29,16 +34,16 @@ def generate(
     No key/value cache: each token costs a forward pass over at most data.seq_length tokens. Every rank calls it and
     gets the same tokens.
     """
-    gpt.eval()
+    chunks.eval()
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(max_new_tokens):
-        logits = next_token_logits(gpt, recipe, topology, tokens[-recipe.data.seq_length :])
+        logits = next_token_logits(chunks, recipe, topology, tokens[-recipe.data.seq_length :])
         if temperature == 0:
             token = int(logits.argmax())
         else:
             token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
-        token = _of_first_rank(token, next(gpt.parameters()).device)
+        token = _of_first_rank(token, next(chunks.parameters()).device)
         if token == stop:
             break
         tokens.append(token)
@@ -52,32 +57,43 @@ def _of_first_rank(token: int, device: torch.device) -> int:
     return int(chosen)
 
 
-def next_token_logits(gpt: GPTModel, recipe: Recipe, topology: Topology, tokens: list[int]) -> Tensor:
+def next_token_logits(chunks: nn.ModuleList, recipe: Recipe, topology: Topology, tokens: list[int]) -> Tensor:
     """Float32 logits [vocab] of the token after ``tokens``, on every rank."""
-    device = next(gpt.parameters()).device
-    padding = -len(tokens) % topology.tp  # sequence parallelism splits the length; what follows changes nothing
-    ids = torch.tensor([tokens + [0] * padding], device=device)
-    positions = torch.arange(ids.shape[1], device=device).unsqueeze(0)
+    device = next(chunks.parameters()).device
+    # Sequence and context parallelism split the length; what follows the last token changes nothing.
+    multiple = topology.tp * (2 * topology.cp if topology.cp > 1 else 1)
+    length = math.ceil(len(tokens) / multiple) * multiple
+    ids = torch.tensor([tokens + [0] * (length - len(tokens))], device=device)
+    positions = torch.arange(length, device=device).unsqueeze(0)
+    if topology.cp > 1:
+        ids, positions = (zigzag(x, topology.cp_rank, topology.cp) for x in (ids, positions))
 
     def forward(_: object, model: GPTModel) -> tuple[Tensor, object]:
         return model(ids, positions, attention_mask=None), lambda output, non_loss_data: output
 
+    interleaved = topology.vp > 1
     outputs = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=None,
-        model=gpt,
-        num_microbatches=1,
-        seq_length=ids.shape[1],
+        data_iterator=[None] * topology.vp if interleaved else None,  # type: ignore[arg-type]
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=topology.pp if interleaved else 1,  # it wants as many as stages: copies
+        seq_length=length,
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,
     )
-    logits = torch.zeros(gpt.true_vocab_size, device=device)
+    first: Any = chunks[0]
+    vocab_size = first.true_vocab_size
+    logits = torch.zeros(vocab_size, device=device)
     if topology.is_last_stage:
-        local = outputs[0][0, len(tokens) - 1].float()  # [vocab / tp]
-        parts = [torch.empty_like(local) for _ in range(topology.tp)]
-        dist.all_gather(parts, local.contiguous(), group=topology.tp_group)
-        logits = torch.cat(parts)[: gpt.true_vocab_size].contiguous()
+        here = positions[0] == len(tokens) - 1
+        if here.any():
+            local = outputs[0][0, here.nonzero().item()].float()  # [vocab / tp]
+            parts = [torch.empty_like(local) for _ in range(topology.tp)]
+            dist.all_gather(parts, local.contiguous(), group=topology.tp_group)
+            logits = torch.cat(parts)[:vocab_size].contiguous()
+        if topology.cp > 1:  # zeros but for the rank that has the token
+            dist.all_reduce(logits, group=topology.cp_group)
     if topology.pp > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(logits, src=last, group=parallel_state.get_pipeline_model_parallel_group())

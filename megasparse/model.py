@@ -1,10 +1,12 @@
-"""Recipe -> megatron-core ModuleSpec -> the GPTModel of this pipeline stage, with layout-independent weights."""
+"""Recipe -> megatron-core ModuleSpec -> the GPTModel chunks of this pipeline stage, with layout-independent weights."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from megasparse.layers.moe import MoELayer, PostNormMLP, PostNormMoELayer
 from megasparse.layers.norms import FullWidthRMSNorm, HeadRMSNorm, LayerNorm, RMSNorm
 from megasparse.layers.rope import attention_factor, inverse_frequencies
 from megasparse.layers.router import RouterState
-from megasparse.topology import Topology
+from megasparse.topology import Topology, stage_layers
 
 # It warns, layer by layer, of every mlp that is not one of its own classes.
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
@@ -74,35 +76,43 @@ class GPTModel(MegatronGPTModel):
             logits.data[..., -padding:] = torch.finfo(logits.dtype).min
 
 
-def build_model(recipe: Recipe, topology: Topology, vocab_size: int) -> tuple[GPTModel, RouterState]:
-    """The part of the model this process holds, initialised, and the step state its routers share.
+def build_model(recipe: Recipe, topology: Topology, vocab_size: int) -> tuple[nn.ModuleList, RouterState]:
+    """The part of the model this process holds, initialised: one GPTModel, or with virtual pipeline stages several,
+    in the order of the model; and the step state its routers share.
 
     The weights depend on recipe.training.seed alone: every layout starts from the same model.
     """
     model = recipe.model
     config = transformer_config(recipe, topology)
-    state = RouterState(seed=recipe.training.seed, recompute=recipe.training.recompute == "full")
-    per_stage = model.num_layers // topology.pp
-    first = topology.pp_rank * per_stage
-    layers = [layer_spec(model, index, topology, state) for index in range(first, first + per_stage)]
-    gpt = GPTModel(
-        config,
-        model,
-        vocab_size,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_of(model)),
-        max_sequence_length=model.max_position_embeddings or recipe.data.seq_length,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
+    state = RouterState(
+        seed=recipe.training.seed, recompute=recipe.training.recompute == "full", context_parallel=topology.cp
     )
-    moe_layers = model.moe_layers
-    for layer in gpt.decoder.layers:
-        if isinstance(layer.mlp, MoELayer):
-            layer.mlp.router.num_moe_layers = sum(moe_layers)
-            layer.mlp.router.is_last_moe_layer = not any(moe_layers[layer.layer_number :])
+    counts = stage_layers(recipe.parallel, model.num_layers)
+    chunks = nn.ModuleList()
+    for vp_stage in range(topology.vp):
+        stage = vp_stage * topology.pp + topology.pp_rank
+        first = sum(counts[:stage])
+        layers = [layer_spec(model, index, topology, state) for index in range(first, first + counts[stage])]
+        chunk = GPTModel(
+            config,
+            model,
+            vocab_size,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_of(model)),
+            max_sequence_length=model.max_position_embeddings or recipe.data.seq_length,
+            pre_process=stage == 0,
+            post_process=stage == len(counts) - 1,
+            vp_stage=vp_stage if topology.vp > 1 else None,
+        )
+        chunks.append(chunk)
+    flags = model.moe_layers
+    for index, moe in moe_layers(chunks):
+        moe.router.num_moe_layers = sum(flags)
+        moe.router.is_last_moe_layer = not any(flags[index + 1 :])
     if model.tie_embeddings and topology.pp > 1 and topology.is_last_stage:
-        gpt.output_layer.weight.ds_pipe_replicated = True  # the first stage's copy counts in the gradient norm
-    initialize_weights(gpt, model, recipe.training.seed, topology)
-    return gpt.to(platform.device()), state
+        last: Any = chunks[-1]
+        last.output_layer.weight.ds_pipe_replicated = True  # the first stage's copy counts in the gradient norm
+    initialize_weights(chunks, model, recipe.training.seed, topology)
+    return chunks.to(platform.device()), state
 
 
 def transformer_config(recipe: Recipe, topology: Topology) -> TransformerConfig:
@@ -110,6 +120,9 @@ def transformer_config(recipe: Recipe, topology: Topology) -> TransformerConfig:
     model, training = recipe.model, recipe.training
     dtype = platform.DTYPES[training.precision]
     cuda = platform.has_cuda()
+    stages: Any = [["decoder"] * count for count in stage_layers(recipe.parallel, model.num_layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -129,6 +142,8 @@ def transformer_config(recipe: Recipe, topology: Topology) -> TransformerConfig:
         moe_ffn_hidden_size=model.moe.ffn_hidden_size if model.moe else None,
         tensor_model_parallel_size=topology.tp,
         pipeline_model_parallel_size=topology.pp,
+        pipeline_model_parallel_layout=stages if topology.pp > 1 else None,
+        context_parallel_size=topology.cp,
         sequence_parallel=topology.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -213,24 +228,114 @@ def _qk_norm(model: Model, heads: int) -> Any:
             return ModuleSpec(module=FullWidthRMSNorm, params={"heads": heads})
 
 
+# Names and places in the whole model ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Consecutive elements of a local tensor, from ``start`` of its flattened self on: shaped ``shape``, they lie at
+    ``offsets`` of the whole tensor."""
+
+    start: int
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter or buffer that this process holds, and what it is in the whole model."""
+
+    name: str  # the same under every layout
+    tensor: Tensor
+    shape: tuple[int, ...]  # of the whole
+    slabs: tuple[Slab, ...]  # of which this process holds these; rows that pad the vocabulary belong to none
+    copy: bool = False  # the last stage's copy of a tied embedding: the first stage's is the one that counts
+
+
+def local_weights(chunks: nn.ModuleList, topology: Topology) -> Iterator[Weight]:
+    """The parameters of this process, under their names in the whole model."""
+    chunk: Any
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            tied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+            shared = bool(tied and not chunk.pre_process)
+            whole = "embedding.word_embeddings.weight" if tied else _global_name(chunk, name)
+            rows = chunk.true_vocab_size if whole in VOCABULARY else None
+            yield Weight(whole, parameter, *_place(parameter, topology, rows), copy=shared)
+
+
+def local_buffers(chunks: nn.ModuleList) -> Iterator[tuple[str, Tensor]]:
+    """The persistent buffers of this process (router biases and loads), under their names in the whole model: every
+    tensor-, context- and data-parallel rank of the stage holds the same."""
+    for chunk in chunks:
+        persistent = chunk.state_dict(keep_vars=True)
+        for name, buffer in chunk.named_buffers():
+            if name in persistent:
+                yield _global_name(chunk, name), buffer
+
+
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # their rows are padded to a multiple of tp
+
+
+def _global_name(chunk: Any, name: str) -> str:
+    """Layers counted from 0 over all pipeline stages."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
+
+
+def _place(parameter: Any, topology: Topology, rows: int | None) -> tuple[tuple[int, ...], tuple[Slab, ...]]:
+    """Shape of the whole, and the slabs held here. A SwiGLU's gate and up halves are split each by itself: stride 2."""
+    local = tuple(parameter.shape)
+    if not getattr(parameter, "allreduce", True):  # experts, over expert parallelism
+        split, rank, size, stride, dim = True, topology.ep_rank, topology.ep, 1, 0
+    else:
+        split, rank, size = getattr(parameter, "tensor_model_parallel", False), topology.tp_rank, topology.tp
+        stride, dim = (parameter.partition_stride, parameter.partition_dim) if split else (1, 0)
+    if not split:
+        return local, (Slab(0, local, (0,) * len(local)),)
+    whole = list(local)
+    whole[dim] *= size
+    part = local[dim] // stride
+    slabs = []
+    for i in range(stride):
+        offsets, shape = [0] * len(local), list(local)
+        offsets[dim] = i * whole[dim] // stride + rank * part
+        shape[dim] = part
+        if rows is not None:
+            shape[0] = min(part, max(0, rows - offsets[0]))
+        slabs.append(Slab(i * parameter.numel() // stride, tuple(shape), tuple(offsets)))
+    if rows is not None:
+        whole[0] = rows
+    return tuple(whole), tuple(slab for slab in slabs if math.prod(slab.shape))
+
+
 @torch.no_grad()
-def initialize_weights(gpt: GPTModel, model: Model, seed: int, topology: Topology) -> None:
+def initialize_weights(chunks: nn.ModuleList, model: Model, seed: int, topology: Topology) -> None:
     """Normal(0, init_std) for matrices, output projections divided by sqrt(2 * layers); norms 1, biases 0.
 
-    Each weight is drawn from a generator keyed by its global name, so its value does not depend on the layout.
+    Each weight is drawn from a generator keyed by its name in the whole model, so its value does not depend on the
+    layout. Rows that pad the vocabulary are zero.
     """
-    for name, parameter in global_parameters(gpt):
+    for weight in local_weights(chunks, topology):
+        name, parameter = weight.name, weight.tensor
         if parameter.dim() == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             continue
         output = name.endswith(("linear_proj.weight", "linear_fc2.weight", "experts.w2"))
         std = model.init_std / math.sqrt(2 * model.num_layers) if output else model.init_std
-        if ".experts.w" in name:
-            first = topology.ep_rank * parameter.shape[0]
-            for local, expert in enumerate(parameter):
-                expert.copy_(_normal(f"{name}.{first + local}", tuple(expert.shape), std, seed))
-        else:
-            parameter.copy_(_tensor_parallel_shard(name, parameter, std, seed, topology))
+        parameter.zero_()
+        experts = ".experts.w" in name  # one generator each: no process draws the experts of another
+        whole = None if experts else _normal(name, weight.shape, std, seed)
+        for slab in weight.slabs:
+            here = parameter.view(-1)[slab.start :][: math.prod(slab.shape)].view(slab.shape)
+            if whole is None:
+                for local, expert in enumerate(here, start=slab.offsets[0]):
+                    expert.copy_(_normal(f"{name}.{local}", weight.shape[1:], std, seed))
+            else:
+                region = tuple(slice(o, o + n) for o, n in zip(slab.offsets, slab.shape, strict=True))
+                here.copy_(whole[region])
 
 
 def _normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
@@ -240,33 +345,7 @@ def _normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator) * std
 
 
-def _tensor_parallel_shard(name: str, parameter: nn.Parameter, std: float, seed: int, topology: Topology) -> Tensor:
-    """This rank's part of the whole weight; a SwiGLU's gate and up halves are split each by itself."""
-    shape = list(parameter.shape)
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return _normal(name, tuple(shape), std, seed)
-    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-    stride: int = parameter.partition_stride  # type: ignore[attr-defined]
-    shape[dim] *= topology.tp
-    parts = _normal(name, tuple(shape), std, seed).chunk(stride, dim)
-    return torch.cat([part.chunk(topology.tp, dim)[topology.tp_rank] for part in parts], dim)
-
-
-def global_parameters(gpt: GPTModel) -> list[tuple[str, nn.Parameter]]:
-    """Parameters under the names they have in the whole model: layers counted from 0 over all pipeline stages; the
-    last stage's copy of a tied embedding under the embedding's name."""
-    named = []
-    for name, parameter in gpt.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(gpt.decoder.layers[int(parts[2])].layer_number - 1)
-        name = ".".join(parts)
-        if name == "output_layer.weight" and gpt.share_embeddings_and_output_weights:
-            name = "embedding.word_embeddings.weight"
-        named.append((name, parameter))
-    return named
-
-
-def moe_layers(gpt: GPTModel) -> list[tuple[int, MoELayer]]:
-    """(layer index in the whole model, its mixture of experts) of this stage."""
-    return [(layer.layer_number - 1, layer.mlp) for layer in gpt.decoder.layers if isinstance(layer.mlp, MoELayer)]
+def moe_layers(chunks: nn.ModuleList) -> list[tuple[int, MoELayer]]:
+    """(layer index in the whole model, its mixture of experts) of this process."""
+    layers: list[Any] = [layer for chunk in chunks for layer in chunk.decoder.layers]  # type: ignore[union-attr]
+    return [(layer.layer_number - 1, layer.mlp) for layer in layers if isinstance(layer.mlp, MoELayer)]

@@ -73,7 +73,7 @@ def _redirect_torch_cuda() -> None:
 
 
 class _TorchOnCpu:
-    """``torch`` as the pipeline schedules see it: tensors they ask for on "cuda" are made on the CPU."""
+    """``torch`` as megatron-core sees it: what it asks for on "cuda" or in pinned memory is a plain CPU tensor."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -82,11 +82,17 @@ class _TorchOnCpu:
     def zeros(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
         return torch.zeros(*args, **kwargs)
 
+    @staticmethod
+    def tensor(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor(*args, **kwargs)
+
 
 def _redirect_megatron() -> None:
+    import megatron.core.models.common.embeddings.rope_utils as rope_utils
     import megatron.core.pipeline_parallel.schedules as schedules
     import megatron.core.tensor_parallel.random as random
 
     schedules.torch = _TorchOnCpu()  # the literal device="cuda" of its token counter
+    rope_utils.torch = _TorchOnCpu()  # the pinned memory of its context-parallel slicing
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -1,46 +1,255 @@
-"""Process groups: the only place that creates or looks them up.
+"""Process groups: the only place that creates or looks them up; and layouts, what is possible and what it is called.
 
-megatron-core's parallel_state owns tensor, pipeline and data parallelism. DeepSpeed owns expert parallelism, folded
-over the tensor x data ranks of one pipeline stage.
+megatron-core's parallel_state owns tensor, pipeline, context and data parallelism. DeepSpeed owns expert parallelism,
+folded over the tensor x context x data ranks of one pipeline stage.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
+import math
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from megasparse import platform
 
+if TYPE_CHECKING:
+    from megasparse.config import Parallel, Recipe
+
 Group = dist.ProcessGroup
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+SIZES = ("tp", "pp", "vp", "cp", "ep", "dp")  # in the order of the notation
 
 
 @dataclass(frozen=True)
-class Topology:
-    """Where this process stands. Sizes and ranks along each dimension, and the groups collectives run in."""
+class Layout:
+    """How many processes share the work, and how. Written ``tp2pp2ep2``: the sizes above 1 in the order tp, pp, vp, cp,
+    ep, dp, then ``+sp`` (sequence parallel), ``+zero0`` or ``+zero2`` (1 is not said), ``+offload``; ``single`` for one
+    process."""
+
+    tp: int = 1  # tensor
+    pp: int = 1  # pipeline
+    vp: int = 1  # virtual pipeline: model chunks of each stage, interleaved
+    cp: int = 1  # context
+    ep: int = 1  # expert, folded over tp x cp x dp
+    dp: int = 1  # data
+    sequence_parallel: bool = False
+    zero_stage: int = 1
+    offload_optimizer: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def replicas(self) -> int:
+        """Processes whose gradients of a dense weight are averaged: each saw other tokens."""
+        return self.dp * self.cp
+
+    def __str__(self) -> str:
+        sizes = "".join(f"{name}{getattr(self, name)}" for name in SIZES if getattr(self, name) > 1)
+        flags = ["sp"] * self.sequence_parallel
+        flags += [f"zero{self.zero_stage}"] * (self.zero_stage != 1) + ["offload"] * self.offload_optimizer
+        return "+".join([sizes or "single", *flags])
+
+    @staticmethod
+    def parse(text: str) -> Layout:
+        """Read the notation; without ``dp``, the least data parallelism that ``ep`` needs. ValueError if it is none."""
+        sizes, *flags = text.split("+")
+        values: dict[str, Any] = {}
+        if sizes != "single":
+            if not re.fullmatch(rf"((?:{'|'.join(SIZES)})[1-9]\d*)+", sizes):
+                raise ValueError(
+                    f"{text!r} is not a layout: write it like tp2pp2ep2 or tp2+sp, from {', '.join(SIZES)}"
+                )
+            for name, size in re.findall(r"([a-z]+)(\d+)", sizes):
+                if name in values:
+                    raise ValueError(f"layout {text!r} says {name} twice")
+                values[name] = int(size)
+        for flag in flags:
+            if flag == "sp":
+                values["sequence_parallel"] = True
+            elif flag == "offload":
+                values["offload_optimizer"] = True
+            elif re.fullmatch(r"zero[0-3]", flag):
+                values["zero_stage"] = int(flag[4:])
+            else:
+                raise ValueError(f"layout {text!r}: unknown flag {flag!r}: use sp, zero0, zero1, zero2 or offload")
+        layout = Layout(**values)
+        if "dp" not in values:
+            layout = replace(layout, dp=layout.ep // math.gcd(layout.ep, layout.tp * layout.cp))
+        return layout
+
+    @staticmethod
+    def of(parallel: Parallel, world_size: int) -> Layout:
+        """The recipe's layout in a world of ``world_size``; ValueError if that cannot be split so."""
+        layout = Layout(
+            tp=parallel.tp,
+            pp=parallel.pp,
+            vp=parallel.vp,
+            cp=parallel.cp,
+            ep=parallel.ep,
+            sequence_parallel=parallel.sequence_parallel,
+            zero_stage=parallel.zero_stage,
+            offload_optimizer=parallel.offload_optimizer,
+        )
+        if world_size % layout.world_size:
+            raise ValueError(
+                f"{world_size} processes cannot be split into tp={layout.tp} x pp={layout.pp} x cp={layout.cp}: "
+                f"start a multiple of {layout.world_size} or change parallel"
+            )
+        return replace(layout, dp=world_size // layout.world_size)
+
+    def parallel(self) -> dict[str, Any]:
+        """The recipe's ``parallel`` section for this layout (data parallelism is what the world leaves)."""
+        return {name: value for name, value in vars(self).items() if name != "dp"}
+
+
+def stage_layers(parallel: Parallel, num_layers: int) -> list[int]:
+    """Transformer layers of each of the pp * vp stages, in the order of the model.
+
+    parallel.layers_per_stage if given. Else one layer each, and every further one to the stage with the least load,
+    where the embedding counts as embedding_weight layers on the first stage and the loss as loss_weight on the last.
+    """
+    if parallel.layers_per_stage is not None:
+        return list(parallel.layers_per_stage)
+    stages = parallel.pp * parallel.vp
+    layers = [1] * stages
+    load = [1.0] * stages
+    load[0] += parallel.embedding_weight
+    load[-1] += parallel.loss_weight
+    for _ in range(num_layers - stages):
+        least = load.index(min(load))
+        layers[least] += 1
+        load[least] += 1
+    return layers
+
+
+def check_layout(recipe: Recipe, world_size: int) -> Layout:
+    """The recipe's layout in this world. ValueError naming the rule it breaks and the nearest possible layouts."""
+    layout = Layout.of(recipe.parallel, world_size)
+    broken = next(_broken_rules(recipe, layout), None)
+    if broken is None:
+        return layout
+    possible = nearest_layouts(recipe, layout)
+    hint = f"the nearest possible: {', '.join(map(str, possible))}" if possible else "no layout of this recipe is"
+    raise ValueError(f"layout {layout} on {world_size} processes: {broken} ({hint})")
+
+
+def nearest_layouts(recipe: Recipe, layout: Layout, count: int = 3) -> list[Layout]:
+    """Possible layouts of as many processes, those that change the sizes by the least factors first."""
+    world = layout.world_size
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    found = []
+    for tp, pp, cp, ep in itertools.product(divisors, repeat=4):
+        if world % (tp * pp * cp):
+            continue
+        for vp, sp, zero, offload in itertools.product(
+            {1, layout.vp}, {False, layout.sequence_parallel}, {1, layout.zero_stage}, {False, layout.offload_optimizer}
+        ):
+            candidate = Layout(tp, pp, vp, cp, ep, world // (tp * pp * cp), sp, zero, offload)
+            if next(_broken_rules(recipe, candidate), None) is None:
+                found.append(candidate)
+    return sorted(found, key=lambda other: (_distance(layout, other), str(other)))[:count]
+
+
+def _distance(a: Layout, b: Layout) -> float:
+    sizes = sum(abs(math.log2(getattr(a, name) / getattr(b, name))) for name in SIZES[:-1])  # dp follows
+    flags = [(a.sequence_parallel, b.sequence_parallel), (a.zero_stage, b.zero_stage)]
+    return sizes + 0.5 * sum(x != y for x, y in [*flags, (a.offload_optimizer, b.offload_optimizer)])
+
+
+def _broken_rules(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """What makes this layout impossible for this recipe, one sentence a rule."""
+    model, moe, training, parallel = recipe.model, recipe.model.moe, recipe.training, recipe.parallel
+    seq, stages = recipe.data.seq_length, layout.pp * layout.vp
+    tp, cp, ep = layout.tp, layout.cp, layout.ep
+    for field, value in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", model.kv_heads),
+        ("ffn_hidden_size", model.ffn_size),
+        ("moe.shared_expert_ffn_hidden_size", moe.shared_expert_ffn_hidden_size if moe else 0),
+    ):
+        if value % tp:
+            yield f"model.{field}={value} is not divisible by tp={tp}"
+    if layout.sequence_parallel and tp == 1:
+        yield "sequence_parallel=true needs tp > 1"
+    if cp > 1 and seq % (2 * cp):
+        yield f"data.seq_length={seq} is not divisible by 2 * cp={2 * cp} (each context rank has two parts)"
+    if (layout.sequence_parallel or moe) and seq // cp % tp:
+        yield f"data.seq_length={seq} / cp={cp} is not divisible by tp={tp}, which splits the sequence"
+    if ep > 1 and moe is None:
+        yield f"ep={ep} needs model.moe: a dense model has no experts"
+    if moe is not None and moe.num_experts % ep:
+        yield f"model.moe.num_experts={moe.num_experts} is not divisible by ep={ep}"
+    if tp * cp * layout.dp % ep:
+        yield f"ep={ep} does not divide the {tp * cp * layout.dp} processes of a pipeline stage (tp x cp x dp)"
+    if layout.vp > 1 and layout.pp == 1:
+        yield f"vp={layout.vp} needs pp > 1: it interleaves the stages of a pipeline"
+    if stages > model.num_layers:
+        yield f"pp * vp = {stages} stages are more than model.num_layers={model.num_layers}"
+    split = parallel.layers_per_stage
+    if split is not None and (len(split) != stages or sum(split) != model.num_layers):
+        yield (
+            f"parallel.layers_per_stage={split} must have pp * vp = {stages} numbers that add up to "
+            f"model.num_layers={model.num_layers}"
+        )
+    local, rest = divmod(training.global_batch_size, training.micro_batch_size * layout.dp)
+    if rest:
+        yield (
+            f"training.global_batch_size={training.global_batch_size} is not divisible by "
+            f"micro_batch_size={training.micro_batch_size} x dp={layout.dp}"
+        )
+    if layout.vp > 1 and local % layout.pp:
+        yield f"vp={layout.vp} needs micro-batches in multiples of pp={layout.pp}, each process has {local}"
+    if moe is not None and moe.aux_loss_scope == "all_layers" and layout.pp > 1:
+        yield "model.moe.aux_loss_scope=all_layers pools every layer: it needs pp=1"
+    if layout.zero_stage == 0 and training.precision != "fp32":
+        yield (
+            f"training.precision={training.precision} needs zero_stage >= 1: "
+            "DeepSpeed keeps fp32 master weights only in its ZeRO optimizer"
+        )
+    if layout.zero_stage == 0 and layout.offload_optimizer:
+        yield "offload_optimizer=true needs zero_stage >= 1: it is the ZeRO optimizer that moves"
+    if layout.zero_stage == 2 and layout.pp > 1:
+        yield (
+            f"zero_stage=2 needs pp=1, not {layout.pp}: it reduces gradients in each backward pass, "
+            "a pipeline has several in flight"
+        )
+    if layout.zero_stage == 3:
+        yield (
+            "zero_stage=3 is not possible: DeepSpeed gathers ZeRO-3 weights in its own forward, which the pipeline "
+            "schedule and the experts' all-to-all do not go through; use tp, pp or ep to split weights"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology(Layout):
+    """A layout and where this process stands in it: ranks along each dimension, the groups collectives run in."""
 
     rank: int
-    world_size: int
-    tp: int
     tp_rank: int
     tp_group: Group
-    pp: int
     pp_rank: int
-    dp: int
+    cp_rank: int
+    cp_group: Group
+    tp_cp_group: Group  # the ranks that share the tokens of a micro-batch
     dp_rank: int
-    dp_group: Group
-    ep: int
+    replica_group: Group  # data x context parallel: the ranks over which a dense weight's gradients are averaged
     ep_rank: int
     ep_group: Group
     expert_dp: int  # ranks that hold the same experts
-    sequence_parallel: bool
+
+    __str__ = Layout.__str__
 
     @property
     def is_first_stage(self) -> bool:
@@ -50,15 +259,10 @@ class Topology:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
-    @property
-    def layout(self) -> str:
-        """The notation used in logs and run names, such as ``tp2pp2ep2``; ``single`` for one process."""
-        sizes = {"tp": self.tp, "pp": self.pp, "ep": self.ep, "dp": self.dp}
-        return "".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "single"
-
 
 class MegatronMPU:
-    """parallel_state as DeepSpeed's ``mpu``: with the two older Megatron names it still calls."""
+    """parallel_state as DeepSpeed's ``mpu``: with the two older Megatron names it still calls, and data parallelism
+    over context-parallel ranks too, as they hold the same weights and see other tokens."""
 
     def __getattr__(self, name: str) -> Any:
         from megatron.core import parallel_state
@@ -71,13 +275,27 @@ class MegatronMPU:
     def get_model_parallel_rank(self) -> int:
         return dist.get_rank(self.get_model_parallel_group())
 
+    def get_data_parallel_group(self) -> Group:
+        from megatron.core import parallel_state
 
-def initialize(tp: int = 1, pp: int = 1, ep: int = 1, sequence_parallel: bool = False, seed: int = 1234) -> Topology:
-    """Join the process group (one process where no launcher set WORLD_SIZE) and create every group of the layout.
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
-    Seeds what dropout draws from. It differs between data-parallel ranks and between stages. The tensor-parallel ranks
-    of a stage draw alike for activations they all hold, and differently in megatron-core's tensor-parallel regions.
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.get_data_parallel_group())
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.get_data_parallel_group())
+
+
+def initialize(layout: Layout | None = None, seed: int = 1234) -> Topology:
+    """Join the process group (one process where no launcher set WORLD_SIZE) and create every group of the layout
+    (None: one process).
+
+    Seeds what dropout draws from. It differs between data- and context-parallel ranks and between stages. The
+    tensor-parallel ranks of a stage draw alike for activations they all hold, and differently in megatron-core's
+    tensor-parallel regions.
     """
+    layout = layout or Layout()
     platform.activate()
     import deepspeed
     from deepspeed.utils import groups
@@ -91,32 +309,37 @@ def initialize(tp: int = 1, pp: int = 1, ep: int = 1, sequence_parallel: bool = 
     if not dist.is_initialized():
         _default_environment()
         deepspeed.init_distributed(platform.backend(), verbose=False, timeout=COLLECTIVE_TIMEOUT)
-    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
+    assert layout.world_size == dist.get_world_size(), f"{layout} is not a layout of {dist.get_world_size()} processes"
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        layout.vp if layout.vp > 1 else None,
+        context_parallel_size=layout.cp,
+        create_gloo_process_groups=False,
+    )
     groups.mpu = MegatronMPU()
-    groups._create_expert_and_data_parallel(ep)
-    dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    groups._create_expert_and_data_parallel(layout.ep)
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-    seed += tp * (pp_rank * dp + dp_rank)  # megatron-core adds the tp rank
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    seed += layout.tp * (pp_rank * layout.replicas + replica)  # megatron-core adds the tp rank
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
-    expert = f"ep_size_{ep}"
+    expert = f"ep_size_{layout.ep}"
     return Topology(
+        **vars(layout),
         rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        tp=tp,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
-        pp=pp,
         pp_rank=pp_rank,
-        dp=dp,
-        dp_rank=dp_rank,
-        dp_group=parallel_state.get_data_parallel_group(),
-        ep=ep,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        tp_cp_group=parallel_state.get_tensor_and_context_parallel_group(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         ep_rank=groups._get_expert_parallel_rank(expert),
         ep_group=groups._get_expert_parallel_group(expert),
         expert_dp=groups._get_expert_data_parallel_world_size(expert),
-        sequence_parallel=sequence_parallel,
     )
 
 

@@ -44,16 +44,15 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False) -> None:
     training = recipe.training
     platform.activate()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe.data_parallel_size(world_size)
+    layout = topology.check_layout(recipe, world_size)
     data = TrainingData(recipe.data, training.seed)
     validation = ValidationWindows(recipe.data)
     vocab_size = vocabulary(recipe, data.vocab_size)
     checkpoint = checkpoint_to_resume(run_dir, resume, recipe, world_size, data.fingerprint)
 
-    parallel = recipe.parallel
-    place = topology.initialize(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel, training.seed)
-    gpt, router_state = build_model(recipe, place, vocab_size)
-    engine = Engine(recipe, place, gpt, router_state)
+    place = topology.initialize(layout, training.seed)
+    chunks, router_state = build_model(recipe, place, vocab_size)
+    engine = Engine(recipe, place, chunks, router_state)
     first_step = native.load(engine, checkpoint) if checkpoint else 0
     if place.rank == 0:
         write_environment(run_dir, recipe)
@@ -170,8 +169,8 @@ class Speed:
 def announce(log: MetricsLogger, recipe: Recipe, place: Topology, vocab_size: int, checkpoint: Path | None) -> None:
     total, active = parameter_count(recipe.model, vocab_size, recipe.data.seq_length)
     log.say(
-        f"{recipe.name}: {total:,} parameters, {active:,} active per token; {place.layout} on {place.world_size} "
-        f"x {platform.device()}, {recipe.training.precision}, ZeRO-{recipe.parallel.zero_stage}; "
+        f"{recipe.name}: {total:,} parameters, {active:,} active per token; {place} on {place.world_size} "
+        f"x {platform.device()}, {recipe.training.precision}; "
         f"{recipe.training.steps} steps of {recipe.tokens_per_step:,} tokens"
         + (f"; resumed from {checkpoint}" if checkpoint else "")
     )
@@ -198,7 +197,7 @@ def report(
     """What the user sees at the end: the score beside the compressors', a sample, the picture, how to go on."""
     prompt = data.tokenizer.encode("def ")
     tokens = generate(
-        engine.gpt,
+        engine.chunks,
         recipe,
         place,
         prompt,

@@ -7,12 +7,15 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from megasparse.layers.norms import LayerNorm, RMSNorm
 
@@ -21,6 +24,8 @@ class CoreAttention(MegatronModule):
     """Causal softmax attention with grouped K/V heads, through torch's scaled_dot_product_attention.
 
     ``attention_mask`` carries document ids [batch, seq] (or None): a query sees the keys of its own document only.
+    Under context parallelism each rank has the queries of two parts of the sequence (data.loader.zigzag) and gathers
+    the keys and values of all.
     """
 
     def __init__(
@@ -36,7 +41,8 @@ class CoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal
-        assert config.context_parallel_size == 1
+        self.context_parallel = config.context_parallel_size
+        self.cp_group: Any = pg_collection.cp if self.context_parallel > 1 else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         # Tensor-parallel ranks have other heads, so other masks; with sequence parallelism mcore forks for the block.
@@ -57,18 +63,52 @@ class CoreAttention(MegatronModule):
         -> [seq, batch, heads * head_dim].
         """
         seq, batch, heads, head_dim = query.shape
+        queries = query.permute(1, 2, 0, 3)
+        if self.context_parallel > 1:
+            key, value = (gather_sequence(x, self.cp_group) for x in (key, value))
+        keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         with get_cuda_rng_tracker().fork() if self.forks else contextlib.nullcontext():
-            output = F.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                attn_mask=None if attention_mask is None else document_mask(attention_mask),
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=attention_mask is None,
-                scale=self.scale,
-                enable_gqa=heads != key.shape[2],
-            )
+            if self.context_parallel == 1:
+                output = self._attend(queries, keys, values, attention_mask, 0)
+            else:
+                part = seq // 2
+                rank = dist.get_rank(self.cp_group)
+                starts = [rank * part, (2 * self.context_parallel - 1 - rank) * part]
+                output = torch.cat(
+                    [
+                        self._attend(q, keys[:, :, : start + part], values[:, :, : start + part], attention_mask, start)
+                        for q, start in zip(queries.chunk(2, 2), starts, strict=True)
+                    ],
+                    2,
+                )
         return output.permute(2, 0, 1, 3).reshape(seq, batch, heads * head_dim)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, start: int) -> Tensor:
+        """Queries [batch, heads, n, head_dim] of positions ``start`` .. start + n, keys of positions 0 .. start + n."""
+        mask: Any = None
+        if document_ids is not None:
+            mask = document_mask(document_ids[:, : key.shape[2]])[:, :, start:]
+        elif start > 0:
+            mask = causal_lower_right(query.shape[2], key.shape[2])
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The context-parallel ranks' parts [local seq, ...] -> the whole sequence [seq, ...] in order.
+
+    In backward each rank gets the sum of all ranks' gradients of its part."""
+    size = dist.get_world_size(group)
+    halves = gather_from_sequence_parallel_region(x.contiguous(), group=group).chunk(2 * size, 0)
+    return torch.cat([*halves[0::2], *reversed(halves[1::2])], 0)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class MoELayer(AutoEPMoELayer):
     def __init__(self, config: Any, moe: MoE, topology: Topology, state: RouterState, submodules: Any = None) -> None:
         nn.Module.__init__(self)  # AutoEPMoELayer's own constructor wraps a Hugging Face block
         self.config, self.moe, self.topology = config, moe, topology
-        self.router = Router(config, moe, state, topology.tp_group)
+        self.router = Router(config, moe, state, topology.tp_cp_group)
         self.num_experts, self.num_local_experts = moe.num_experts, moe.num_experts // topology.ep
         self.ep_size, self.ep_rank, self.ep_group = topology.ep, topology.ep_rank, topology.ep_group
         self.ep_group_name = f"ep_size_{topology.ep}"

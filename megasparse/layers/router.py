@@ -27,6 +27,7 @@ class RouterState:
     seed: int = 0
     num_micro_batches: int = 1
     recompute: bool = False  # layers run twice: the first time without gradients
+    context_parallel: int = 1  # ranks that share a micro-batch's tokens, over which DeepSpeed averages gradients
     losses: dict[str, Tensor] = field(default_factory=dict)  # mean over micro-batches and layers, this rank's part
     pooled: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # all_layers: (probs sum, counts) of each layer
 
@@ -67,9 +68,10 @@ class Router(nn.Module):
     load: Tensor
     counts: Tensor
 
-    def __init__(self, config: Any, moe: MoE, state: RouterState, tp_group: dist.ProcessGroup) -> None:
+    def __init__(self, config: Any, moe: MoE, state: RouterState, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.moe, self.state, self.tp_group = moe, state, tp_group
+        self.moe, self.state = moe, state
+        self.group = group  # the tensor- and context-parallel ranks, which share the tokens of a micro-batch
         self.num_moe_layers = 1  # in the whole model; set by model.py
         self.is_last_moe_layer = False
         self.layer_number = 1
@@ -127,22 +129,23 @@ class Router(nn.Module):
         )
         keep = torch.empty_like(keep_sorted)
         keep[order] = keep_sorted
-        return keep[dist.get_rank(self.tp_group) * tokens :][:tokens]
+        return keep[dist.get_rank(self.group) * tokens :][:tokens]
 
     def _gather(self, local: Tensor) -> Tensor:
-        size = dist.get_world_size(self.tp_group)
+        size = dist.get_world_size(self.group)
         if size == 1:
             return local
         parts = [torch.empty_like(local) for _ in range(size)]
-        dist.all_gather(parts, local.contiguous(), group=self.tp_group)
+        dist.all_gather(parts, local.contiguous(), group=self.group)
         return torch.cat(parts)
 
     def _loss(self, logits: Tensor, probs: Tensor, counts: Tensor) -> Tensor | None:
         """The layer's auxiliary losses times their coefficients, over num_micro_batches.
 
-        Each tensor-parallel rank holds its tokens' part: the parts sum to the micro-batch's loss.
+        Each rank of the group holds its tokens' part: the parts sum to the micro-batch's loss. What is returned is
+        times the context-parallel size that DeepSpeed's average will divide by.
         """
-        moe, parts = self.moe, dist.get_world_size(self.tp_group)
+        moe, parts = self.moe, dist.get_world_size(self.group)
         loss = logits.new_zeros(())
         if moe.z_loss_coefficient > 0:
             z_loss = routing.z_loss(logits) / parts
@@ -153,29 +156,30 @@ class Router(nn.Module):
             layers = 1 if moe.aux_loss_scope == "all_layers" else self.num_moe_layers
             self.state.record("load_balance_loss", aux / layers)
             loss = loss + moe.aux_loss_coefficient * aux
-        return loss / self.state.num_micro_batches if loss.requires_grad else None
+        scale = self.state.context_parallel / self.state.num_micro_batches
+        return loss * scale if loss.requires_grad else None
 
     def _load_balance_loss(self, probs: Tensor, counts: Tensor) -> Tensor:
         moe = self.moe
         if moe.aux_loss_scope == "global_batch":
             return routing.load_balance_loss(probs, self.load.to(probs.dtype))
-        if dist.get_world_size(self.tp_group) > 1:
+        if dist.get_world_size(self.group) > 1:
             counts = counts.clone()
-            dist.all_reduce(counts, group=self.tp_group)
+            dist.all_reduce(counts, group=self.group)
         if moe.aux_loss_scope == "all_layers":
             return self._pooled_loss(probs, counts)
         return routing.load_balance_loss(probs, counts.to(probs.dtype) / counts.sum())
 
     def _pooled_loss(self, probs: Tensor, counts: Tensor) -> Tensor:
         """transformers' load_balancing_loss_func: E * sum_e (sum_layers count_e / tokens) * mean(prob_e), at the
-        last layer; zero at the others. probs are this tensor-parallel rank's, counts the micro-batch's."""
+        last layer; zero at the others. probs are this rank's, counts the micro-batch's."""
         pooled = self.state.pooled
         pooled.append((probs.sum(0), counts.to(probs.dtype)))
         if not self.is_last_moe_layer:
             return probs.new_zeros(())
         tokens = probs.shape[0] * len(pooled)
         mean_probs = torch.stack([p for p, _ in pooled]).sum(0) / tokens
-        fraction = torch.stack([c for _, c in pooled]).sum(0) / (tokens * dist.get_world_size(self.tp_group))
+        fraction = torch.stack([c for _, c in pooled]).sum(0) / (tokens * dist.get_world_size(self.group))
         pooled.clear()
         return self.moe.num_experts * (fraction * mean_probs).sum()
 
