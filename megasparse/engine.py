@@ -27,7 +27,7 @@ from megasparse import platform
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
 from megasparse.layers.router import RouterState, auxiliary_losses
-from megasparse.model import GPTModel, local_weights, moe_layers
+from megasparse.model import GPTModel, Weight, local_weights, moe_layers
 from megasparse.topology import MegatronMPU, Topology
 
 
@@ -42,6 +42,18 @@ class StepResult:
     loss_scale: float
     expert_tokens: Tensor  # [MoE layers, experts] int64: tokens routed to each expert
     dropped_fraction: float  # of the routed copies; 0 when dropless
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A range of a weight, from element ``start`` of the flattened local weight on, as an optimizer holds it. All
+    tensors are flat views of it, [n]: writing into them changes the optimizer."""
+
+    weight: Weight
+    start: int
+    master: Tensor  # float32
+    gradient: Tensor | None  # reduced over every rank, times the loss scale; only between backward and the step
+    state: dict[str, Tensor]  # Adam's exp_avg and exp_avg_sq; empty before the first step
 
 
 class Engine:
@@ -82,7 +94,7 @@ class Engine:
             topology.zero_stage == 2
         ):  # it reduces over data parallelism as backward goes: what is partial is summed before
             for parameter in self._partial:
-                parameter.register_hook(self._sum_over_tensor_parallel)
+                parameter.register_hook(lambda gradient: self._sum_over_tensor_parallel([gradient])[0])
 
     # Training ------------------------------------------------------------------------------------------------------
 
@@ -173,7 +185,7 @@ class Engine:
         """Called by mcore's schedule after the last backward, before the optimizer."""
         if self._partial and self.topology.zero_stage < 2:
             gradients = [self._gradient(parameter) for parameter in self._partial]
-            for gradient, total in zip(gradients, self._sum_over_tensor_parallel(*gradients), strict=True):
+            for gradient, total in zip(gradients, self._sum_over_tensor_parallel(gradients), strict=True):
                 gradient.copy_(total)
         if self.recipe.model.tie_embeddings and self.topology.pp > 1 and parallel_state.is_rank_in_embedding_group():
             chunk: Any = self.chunks[0] if self.topology.is_first_stage else self.chunks[-1]
@@ -182,15 +194,12 @@ class Engine:
         if self.topology.zero_stage > 0 or self.topology.world_size > 1:
             self.deepspeed.allreduce_gradients()
 
-    def _sum_over_tensor_parallel(self, *gradients: Tensor) -> Any:
-        """Their sums over the tensor-parallel ranks, in one message; one tensor for one."""
+    def _sum_over_tensor_parallel(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Their sums over the tensor-parallel ranks, in one message."""
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, group=self.topology.tp_group)
-        sums = [
-            part.view_as(gradient)
-            for part, gradient in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)
-        ]
-        return sums if len(sums) > 1 else sums[0]
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
 
     def _gradient(self, parameter: Tensor) -> Tensor:
         """The full local gradient, before data-parallel reduction: DeepSpeed's bf16 optimizer keeps it in fp32."""
@@ -209,7 +218,7 @@ class Engine:
             limit = self.recipe.optimizer.clip_grad
             coefficient = limit / (self._norm + 1e-6) if limit > 0 else 1.0
             if coefficient < 1:
-                torch._foreach_mul_([gradient for gradient, _ in self._gradients()], coefficient)
+                torch._foreach_mul_([f.gradient for f in self.fragments() if f.gradient is not None], coefficient)
             self.deepspeed.step()
         else:
             self.optimizer.zero_grad()
@@ -220,34 +229,63 @@ class Engine:
         """Does DeepSpeed hold only this rank's partition of the reduced gradients (its fp32/fp16 ZeRO optimizer)?"""
         return hasattr(self.optimizer, "averaged_gradients")
 
-    def _gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(reduced gradient or this rank's part of it, its parameter)."""
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank's optimizer holds, weight by weight: under ZeRO a range of each weight or none of it, else
+        all of it. The last stage's copy of a tied embedding is among them."""
+        for weight in local_weights(self.chunks, self.topology):
+            parameter: Any = weight.tensor
+            if self.topology.zero_stage == 0:
+                gradient = None if parameter.grad is None else parameter.grad.view(-1)
+                state = self._flat_state(parameter, parameter, 0, parameter.numel())
+                yield Fragment(weight, 0, parameter.detach().view(-1), gradient, state)
+            elif parameter._hp_mapping is not None:
+                link = parameter._hp_mapping
+                start, size = link.hp_fragment_address.start, link.hp_fragment_address.numel
+                flat = self._flat_partition(link.param_group_index)
+                yield Fragment(
+                    weight,
+                    link.lp_fragment_address.start,
+                    flat.detach().narrow(0, start, size),
+                    self._fragment_gradient(parameter),
+                    self._flat_state(flat, flat, start, size),
+                )
+
+    def _flat_partition(self, group: int) -> Tensor:
+        """This rank's fp32 master weights of an optimizer group."""
         if self._partitioned:
-            for group, parameters in enumerate(self.optimizer.params_in_partition):
-                yield from zip(self.optimizer.averaged_gradients[group], parameters, strict=False)  # ends in padding
-        elif hasattr(self.optimizer, "fp32_groups_gradients"):
-            for gradients, parameters in zip(
-                self.optimizer.fp32_groups_gradients, self.optimizer.bf16_groups, strict=True
-            ):
-                yield from zip(gradients, parameters, strict=True)
-        else:
-            for parameter in self.chunks.parameters():
-                if parameter.grad is not None:
-                    yield parameter.grad, parameter
+            return self.optimizer.single_partition_of_fp32_groups[group]
+        return self.optimizer.fp32_groups_flat_partition[group]
+
+    def _flat_state(self, key: Any, like: Tensor, start: int, size: int) -> dict[str, Tensor]:
+        adam: Any = self.optimizer if self.topology.zero_stage == 0 else self.optimizer.optimizer
+        state = {k: v for k, v in adam.state.get(key, {}).items() if torch.is_tensor(v) and v.shape == like.shape}
+        return {name: value.detach().view(-1).narrow(0, start, size) for name, value in state.items()}
+
+    def _fragment_gradient(self, parameter: Any) -> Tensor | None:
+        link = parameter._hp_mapping
+        group, there = link.param_group_index, link.hp_fragment_address
+        if not self._partitioned:  # DeepSpeed's bf16 optimizer keeps the whole local gradient
+            return parameter._hp_grad.view(-1).narrow(0, link.lp_fragment_address.start, there.numel)
+        if self.topology.offload_optimizer:
+            gradient = self.optimizer.single_partition_of_fp32_groups[group].grad
+            return None if gradient is None else gradient.narrow(0, there.start, there.numel)
+        parts = self.optimizer.averaged_gradients.get(group)
+        return None if parts is None else parts[parameter._index_in_param_group].view(-1)
 
     def _gradient_norm(self) -> float:
         """sqrt of the sum of squares over the whole model, each weight once: one all-reduce over the world."""
         dense = torch.zeros((), dtype=torch.float64)
         experts = torch.zeros((), dtype=torch.float64)
-        for gradient, parameter in self._gradients():
-            if getattr(parameter, "ds_pipe_replicated", False):
+        for fragment in self.fragments():
+            gradient, parameter = fragment.gradient, fragment.weight.tensor
+            if gradient is None or fragment.weight.copy:
                 continue
-            square = torch.linalg.vector_norm(gradient.float()).double().square()
+            square = torch.linalg.vector_norm(gradient.float()).double().square().cpu()
             if not getattr(parameter, "allreduce", True):
                 experts += square
             elif getattr(parameter, "tensor_model_parallel", False) or self.topology.tp_rank == 0:
                 dense += square
-        if not self._partitioned:  # every data-parallel rank counted the same gradient
+        if self.topology.zero_stage == 0:  # every replica counted the same gradient
             dense, experts = dense / self.topology.replicas, experts / self.topology.expert_dp
         return math.sqrt(self._all_reduce([(dense + experts).item()], None)[0])
 
@@ -302,6 +340,7 @@ class _Statistics:
 def parameter_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups: decayed matrices and undecayed vectors; experts apart, as DeepSpeed reduces them elsewhere."""
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    parameter: Any
     for parameter in chunks.parameters():
         decayed, expert = parameter.dim() > 1, not getattr(parameter, "allreduce", True)
         if (decayed, expert) not in groups:

@@ -252,6 +252,37 @@ class Weight:
     copy: bool = False  # the last stage's copy of a tied embedding: the first stage's is the one that counts
 
 
+def blocks(weight: Weight, start: int, flat: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """A flat range of a local weight, elements ``start`` .. start + len(flat), as rectangles of the whole weight:
+    (offsets in the whole, view of ``flat``)."""
+    end = start + flat.numel()
+    for slab in weight.slabs:
+        first, last = max(start, slab.start), min(end, slab.start + math.prod(slab.shape))
+        if first < last:
+            part = flat[first - start : last - start]
+            for local, view in _rectangles(slab.shape, first - slab.start, part):
+                yield tuple(a + b for a, b in zip(slab.offsets, local, strict=True)), view
+
+
+def _rectangles(shape: tuple[int, ...], first: int, flat: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Elements ``first`` and on of a row-major array of ``shape``: the rest of a row, whole rows, the start of one."""
+    if len(shape) == 1:
+        yield (first,), flat
+        return
+    row = math.prod(shape[1:])
+    while flat.numel():
+        index, within = divmod(first, row)
+        rows = flat.numel() // row if within == 0 else 0
+        if rows:
+            yield (index,) + (0,) * (len(shape) - 1), flat[: rows * row].view(rows, *shape[1:])
+            taken = rows * row
+        else:
+            taken = min(row - within, flat.numel())
+            for inner, view in _rectangles(shape[1:], within, flat[:taken]):
+                yield (index, *inner), view.unsqueeze(0)
+        first, flat = first + taken, flat[taken:]
+
+
 def local_weights(chunks: nn.ModuleList, topology: Topology) -> Iterator[Weight]:
     """The parameters of this process, under their names in the whole model."""
     chunk: Any
