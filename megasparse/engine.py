@@ -91,7 +91,7 @@ class Engine:
             if topology.tp > 1 and getattr(weight.tensor, "sequence_parallel", False)
         ]
         if (
-            topology.zero_stage == 2
+            recipe.parallel.zero_stage == 2
         ):  # it reduces over data parallelism as backward goes: what is partial is summed before
             for parameter in self._partial:
                 parameter.register_hook(lambda gradient: self._sum_over_tensor_parallel([gradient])[0])
@@ -158,7 +158,7 @@ class Engine:
         )
 
     def _forward(self, batch: Batch, model: GPTModel, scale: float, num_micro_batches: int) -> tuple[Tensor, Any]:
-        if self.topology.zero_stage == 2 and torch.is_grad_enabled():
+        if self.recipe.parallel.zero_stage == 2 and torch.is_grad_enabled():
             # Its hooks reduce each backward's gradients: close the previous one's, and say whether this is the last.
             if self._started > 0:
                 self.optimizer.overlapping_partition_gradients_reduce_epilogue()
@@ -183,7 +183,7 @@ class Engine:
 
     def _finalize_gradients(self, models: Any, num_tokens: Any = None, **_: Any) -> None:
         """Called by mcore's schedule after the last backward, before the optimizer."""
-        if self._partial and self.topology.zero_stage < 2:
+        if self._partial and self.recipe.parallel.zero_stage < 2:
             gradients = [self._gradient(parameter) for parameter in self._partial]
             for gradient, total in zip(gradients, self._sum_over_tensor_parallel(gradients), strict=True):
                 gradient.copy_(total)
@@ -191,7 +191,7 @@ class Engine:
             chunk: Any = self.chunks[0] if self.topology.is_first_stage else self.chunks[-1]
             shared = chunk.shared_embedding_or_output_weight()
             dist.all_reduce(self._gradient(shared), group=parallel_state.get_embedding_group())
-        if self.topology.zero_stage > 0 or self.topology.world_size > 1:
+        if self.recipe.parallel.zero_stage > 0 or self.topology.world_size > 1:
             self.deepspeed.allreduce_gradients()
 
     def _sum_over_tensor_parallel(self, gradients: list[Tensor]) -> list[Tensor]:
@@ -234,7 +234,7 @@ class Engine:
         all of it. The last stage's copy of a tied embedding is among them."""
         for weight in local_weights(self.chunks, self.topology):
             parameter: Any = weight.tensor
-            if self.topology.zero_stage == 0:
+            if self.recipe.parallel.zero_stage == 0:
                 gradient = None if parameter.grad is None else parameter.grad.view(-1)
                 state = self._flat_state(parameter, parameter, 0, parameter.numel())
                 yield Fragment(weight, 0, parameter.detach().view(-1), gradient, state)
@@ -257,7 +257,7 @@ class Engine:
         return self.optimizer.fp32_groups_flat_partition[group]
 
     def _flat_state(self, key: Any, like: Tensor, start: int, size: int) -> dict[str, Tensor]:
-        adam: Any = self.optimizer if self.topology.zero_stage == 0 else self.optimizer.optimizer
+        adam: Any = self.optimizer if self.recipe.parallel.zero_stage == 0 else self.optimizer.optimizer
         state = {k: v for k, v in adam.state.get(key, {}).items() if torch.is_tensor(v) and v.shape == like.shape}
         return {name: value.detach().view(-1).narrow(0, start, size) for name, value in state.items()}
 
@@ -266,7 +266,7 @@ class Engine:
         group, there = link.param_group_index, link.hp_fragment_address
         if not self._partitioned:  # DeepSpeed's bf16 optimizer keeps the whole local gradient
             return parameter._hp_grad.view(-1).narrow(0, link.lp_fragment_address.start, there.numel)
-        if self.topology.offload_optimizer:
+        if self.recipe.parallel.offload_optimizer:
             gradient = self.optimizer.single_partition_of_fp32_groups[group].grad
             return None if gradient is None else gradient.narrow(0, there.start, there.numel)
         parts = self.optimizer.averaged_gradients.get(group)
@@ -285,7 +285,7 @@ class Engine:
                 experts += square
             elif getattr(parameter, "tensor_model_parallel", False) or self.topology.tp_rank == 0:
                 dense += square
-        if self.topology.zero_stage == 0:  # every replica counted the same gradient
+        if self.recipe.parallel.zero_stage == 0:  # every replica counted the same gradient
             dense, experts = dense / self.topology.replicas, experts / self.topology.expert_dp
         return math.sqrt(self._all_reduce([(dense + experts).item()], None)[0])
 
@@ -350,9 +350,13 @@ def parameter_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[st
     return list(groups.values())
 
 
-def bf16_optimizer(recipe: Recipe, topology: Topology) -> bool:
+def bf16_optimizer(recipe: Recipe) -> bool:
     """Is it DeepSpeed's BF16_Optimizer that steps, its ZeRO-1 for bf16, and not the one for the other precisions?"""
-    return recipe.training.precision == "bf16" and topology.zero_stage == 1 and not topology.offload_optimizer
+    return (
+        recipe.training.precision == "bf16"
+        and recipe.parallel.zero_stage == 1
+        and not recipe.parallel.offload_optimizer
+    )
 
 
 def deepspeed_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
@@ -367,17 +371,17 @@ def deepspeed_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
-            "stage": topology.zero_stage,
+            "stage": recipe.parallel.zero_stage,
             "overlap_comm": False,
             "contiguous_gradients": True,  # false averages expert gradients over the wrong group (ZeRO-1, ep > 1)
             "reduce_scatter": True,
             "reduce_bucket_size": 2**24,  # elements; DeepSpeed allocates the whole bucket
             "allgather_bucket_size": 2**24,
-            **({"offload_optimizer": {"device": "cpu"}} if topology.offload_optimizer else {}),
+            **({"offload_optimizer": {"device": "cpu"}} if recipe.parallel.offload_optimizer else {}),
         },
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU as well
     }
-    if bf16_optimizer(recipe, topology):
+    if bf16_optimizer(recipe):
         # Master weights, moments and accumulated gradients in fp32; gradients are added there as backward makes them.
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -389,6 +393,6 @@ def deepspeed_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
             "hysteresis": 1,
         }
     # Only its partitioned optimizer clips for us. Unsaid, DeepSpeed 0.19 clips to 1 by a norm of its own.
-    partitioned = topology.zero_stage > 0 and not bf16_optimizer(recipe, topology)
+    partitioned = recipe.parallel.zero_stage > 0 and not bf16_optimizer(recipe)
     config["gradient_clipping"] = recipe.optimizer.clip_grad if partitioned else 0.0
     return config

@@ -15,7 +15,7 @@ from transformers import (
     OlmoeForCausalLM,
 )
 
-from megasparse.model import GPTModel, global_parameters, moe_layers
+from megasparse.model import GPTModel, moe_layers
 
 VOCAB, HIDDEN, LAYERS, HEADS, SEQ = 96, 32, 2, 4, 24
 
@@ -113,12 +113,12 @@ def copy_weights(gpt: GPTModel, hf: torch.nn.Module) -> None:
     source = dict(hf.named_parameters())
     take = _gpt2_tensor if "transformer.wte.weight" in source else _llama_tensor
     used: set[str] = set()
-    for name, parameter in global_parameters(gpt):
+    for name, parameter in gpt.named_parameters():
         value = take(name, source, used, hf.config)
         assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
         parameter.copy_(value)
     assert used == set(source), f"not used: {sorted(set(source) - used)}"
-    for layer, moe in moe_layers(gpt):  # a buffer in both: DeepSeek-V3's selection bias
+    for layer, moe in moe_layers(torch.nn.ModuleList([gpt])):  # a buffer in both: DeepSeek-V3's selection bias
         bias = dict(hf.named_buffers()).get(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
         if bias is not None:
             moe.router.bias.copy_(bias)

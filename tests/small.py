@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
+from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch
 
@@ -33,6 +35,11 @@ def recipe(
             **sections,
         }
     )
+
+
+def start(recipe: Recipe) -> topology.Topology:
+    """Join the process group in the recipe's layout."""
+    return topology.initialize(topology.check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1"))))
 
 
 def batches(recipe: Recipe, step: int, dp_rank: int = 0, dp: int = 1, masked: bool = False) -> list[Batch]:

@@ -13,7 +13,7 @@ from megasparse.config import Recipe
 from megasparse.data.loader import Batch
 from megasparse.engine import Engine
 from megasparse.generate import generate
-from megasparse.model import build_model, global_parameters
+from megasparse.model import build_model, local_weights
 from tests import oracle, small
 
 GPT2 = {
@@ -30,8 +30,7 @@ OLMOE_ROUTER = {"normalize_scores": False, "aux_loss_scope": "all_layers", "aux_
 
 
 def engine_of(recipe: Recipe, place: topology.Topology) -> Engine:
-    gpt, state = build_model(recipe, place, small.VOCAB)
-    return Engine(recipe, place, gpt, state)
+    return Engine(recipe, place, *build_model(recipe, place, small.VOCAB))
 
 
 def reference_step(hf: Any, optimizer: torch.optim.Optimizer, batches: list[Any], aux_coefficient: float) -> tuple:
@@ -59,7 +58,7 @@ def test_twenty_steps_equal_transformers(single: topology.Topology, hf: Any, mod
     theirs = hf()
     recipe = small.recipe(model, moe, parallel={"zero_stage": 0})
     ours = engine_of(recipe, single)
-    oracle.copy_weights(ours.gpt, theirs)
+    oracle.copy_weights(ours.chunks[0], theirs)
     matrices = [p for p in theirs.parameters() if p.dim() > 1]
     vectors = [p for p in theirs.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -81,7 +80,7 @@ def test_twenty_steps_equal_transformers(single: topology.Topology, hf: Any, mod
     expected = theirs.generate(
         torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    assert generate(ours.gpt, recipe, single, prompt, 12) == expected[0, len(prompt) :].tolist()
+    assert generate(ours.chunks, recipe, single, prompt, 12) == expected[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-2), ("fp16", 2e-3)])
@@ -102,11 +101,11 @@ def test_fp16_overflow_is_skipped_and_the_scale_falls_then_rises(single: topolog
         training={"precision": "fp16", "loss_scale": 2.0**36, "loss_scale_window": 4},
     )
     engine = engine_of(recipe, single)
-    before = [p.detach().clone() for p in engine.gpt.parameters()]
+    before = [p.detach().clone() for p in engine.chunks.parameters()]
     biases = [moe.router.bias.clone() for _, moe in engine._moe]
     results = [engine.train_step(small.batches(recipe, 0), 0, 3e-3)]
     assert results[0].skipped
-    for parameter, value in zip(engine.gpt.parameters(), before, strict=True):
+    for parameter, value in zip(engine.chunks.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
     assert all(torch.equal(moe.router.bias, bias) for (_, moe), bias in zip(engine._moe, biases, strict=True))
     results += [engine.train_step(small.batches(recipe, s), s, 3e-3) for s in range(1, 40)]
@@ -122,12 +121,12 @@ def test_a_step_that_is_not_finite_changes_nothing(single: topology.Topology, ze
     recipe = small.recipe(moe={"bias_update_rate": 0.01}, parallel={"zero_stage": zero_stage})
     engine = engine_of(recipe, single)
     engine.train_step(small.batches(recipe, 0), 0, 3e-3)
-    poisoned = next(engine.gpt.parameters())
+    poisoned = next(engine.chunks.parameters())
     value = poisoned.detach().clone()
     poisoned.data.view(-1)[0] = float("nan")
-    before = [p.detach().clone() for p in engine.gpt.parameters()]
+    before = [p.detach().clone() for p in engine.chunks.parameters()]
     assert engine.train_step(small.batches(recipe, 1), 1, 3e-3).skipped
-    for parameter, kept in zip(engine.gpt.parameters(), before, strict=True):
+    for parameter, kept in zip(engine.chunks.parameters(), before, strict=True):
         assert torch.equal(parameter.nan_to_num(7.0), kept.nan_to_num(7.0))
     poisoned.data.copy_(value)
     result = engine.train_step(small.batches(recipe, 1), 1, 3e-3)
@@ -143,10 +142,12 @@ def test_uneven_masks_weigh_every_token_the_same(single: topology.Topology) -> N
     recipe = small.recipe(optimizer={"clip_grad": 0.0}, parallel={"zero_stage": 0})
     engine = engine_of(recipe, single)
     batches = small.batches(recipe, 0, masked=True)
-    whole = {n: p.detach().clone().requires_grad_() for n, p in engine.gpt.named_parameters()}
+    whole = {n: p.detach().clone().requires_grad_() for n, p in engine.chunks[0].named_parameters()}
     total, tokens = torch.zeros(()), 0.0
     for b in batches:
-        losses = torch.func.functional_call(engine.gpt, whole, (b.tokens, b.position_ids, None), {"labels": b.labels})
+        losses = torch.func.functional_call(
+            engine.chunks[0], whole, (b.tokens, b.position_ids, None), {"labels": b.labels}
+        )
         total, tokens = total + (losses * b.loss_mask).sum(), tokens + b.loss_mask.sum()
     (total / tokens).backward()
     norm = torch.stack([p.grad.norm() for p in whole.values() if p.grad is not None]).norm().item()
@@ -158,7 +159,7 @@ def test_uneven_masks_weigh_every_token_the_same(single: topology.Topology) -> N
 def test_document_mask_equals_documents_apart(single: topology.Topology) -> None:
     """With document ids, a document's losses are those it has alone (rotary attention sees distances only)."""
     recipe = small.recipe(data={"document_mask": True})
-    gpt, _ = build_model(recipe, single, small.VOCAB)
+    (gpt,), _ = build_model(recipe, single, small.VOCAB)
     batch = small.batches(recipe, 0)[0]
     gpt.eval()
     with torch.no_grad():
@@ -190,8 +191,8 @@ def test_weights_do_not_depend_on_build_order(single: topology.Topology) -> None
     first, _ = build_model(recipe, single, small.VOCAB)
     torch.rand(7)
     second, _ = build_model(recipe, single, small.VOCAB)
-    for (name, a), (_, b) in zip(global_parameters(first), global_parameters(second), strict=True):
-        assert torch.equal(a, b), name
+    for a, b in zip(local_weights(first, single), local_weights(second, single), strict=True):
+        assert torch.equal(a.tensor, b.tensor), a.name
 
 
 def divided(batch: Batch, size: int) -> list[Batch]:
@@ -237,9 +238,9 @@ def test_gradients_are_clipped_by_the_recipe_alone(single: topology.Topology, pr
             parallel={"zero_stage": zero_stage},
         )
         engine = engine_of(recipe, single)
-        before = [p.detach().clone().double() for p in engine.gpt.parameters()]
+        before = [p.detach().clone().double() for p in engine.chunks.parameters()]
         result = engine.train_step(small.batches(recipe, 0), 0, 1e4)
-        steps = [p.double() - b for p, b in zip(engine.gpt.parameters(), before, strict=True)]
+        steps = [p.double() - b for p, b in zip(engine.chunks.parameters(), before, strict=True)]
         lengths[clip] = torch.stack([s.norm() for s in steps]).norm().item() / 100  # lr / eps
         assert result.grad_norm > 3
         assert not result.skipped

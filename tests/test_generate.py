@@ -8,29 +8,30 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import ModuleList
 
 from megasparse import generate as module
 from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
 from megasparse.generate import generate, next_token_logits
-from megasparse.model import GPTModel, build_model
+from megasparse.model import build_model
 from tests import small
 from tests.helpers import assert_close, run_distributed
 
 PROMPT = [5, 6, 8, 9]
 
 
-def sharp_model(recipe: Recipe, place: topology.Topology) -> GPTModel:
+def sharp_model(recipe: Recipe, place: topology.Topology) -> ModuleList:
     """Weights so large that the next token depends on the ones before it."""
-    gpt, _ = build_model(recipe, place, small.VOCAB)
-    for parameter in gpt.parameters():
+    chunks, _ = build_model(recipe, place, small.VOCAB)
+    for parameter in chunks.parameters():
         if parameter.dim() > 1:
             parameter.data *= 8
-    return gpt
+    return chunks
 
 
 @pytest.fixture
-def model(single: topology.Topology) -> tuple[GPTModel, Recipe, topology.Topology]:
+def model(single: topology.Topology) -> tuple[ModuleList, Recipe, topology.Topology]:
     recipe = small.recipe(moe={})
     return sharp_model(recipe, single), recipe, single
 
@@ -42,7 +43,7 @@ def test_greedy_takes_the_best_of_the_whole_context(model: tuple) -> None:
     tokens = PROMPT + new
     assert len(set(new)) > 3
     with torch.no_grad():
-        logits = gpt(torch.tensor([tokens]), torch.arange(len(tokens)).unsqueeze(0), None)[0]
+        logits = gpt[0](torch.tensor([tokens]), torch.arange(len(tokens)).unsqueeze(0), None)[0]
     assert logits.argmax(-1)[len(PROMPT) - 1 : -1].tolist() == new
 
 
@@ -52,7 +53,7 @@ def test_logits_are_the_models(model: tuple) -> None:
     assert logits.shape == (small.VOCAB,)
     assert logits.dtype == torch.float32
     with torch.no_grad():
-        expected = gpt(torch.tensor([PROMPT]), torch.arange(4).unsqueeze(0), None)[0, -1]
+        expected = gpt[0](torch.tensor([PROMPT]), torch.arange(4).unsqueeze(0), None)[0, -1]
     assert_close(logits, expected, 1e-6)
 
 
@@ -117,8 +118,7 @@ def test_a_long_prompt_is_read_from_its_end(single: topology.Topology, model_opt
 
 def texts(raw: dict[str, Any]) -> list[list[int]]:
     recipe = parse_recipe(raw)
-    parallel = recipe.parallel
-    place = topology.initialize(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel)
+    place = small.start(recipe)
     gpt = sharp_model(recipe, place)
     long = [(7 * i) % small.VOCAB for i in range(small.SEQ + 3)]
     stop = generate(gpt, recipe, place, PROMPT, 5)[-1]
@@ -137,13 +137,17 @@ def texts(raw: dict[str, Any]) -> list[list[int]]:
         (2, {"pp": 2}),
         (2, {"tp": 2}),
         (2, {"tp": 2, "ep": 2, "sequence_parallel": True}),
+        (2, {"pp": 2, "vp": 2}),
+        (2, {"cp": 2}),
+        (4, {"tp": 2, "cp": 2, "sequence_parallel": True}),
         (4, {"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True}),
     ],
     ids=lambda value: "".join(map(str, value)) if isinstance(value, dict) else str(value),
 )
 def test_every_layout_writes_the_same(world_size: int, parallel: dict[str, Any]) -> None:
     """On every rank; the vocabulary of 96 and prompts of 3 and 4 tokens are divisible by tp and not."""
-    raw = small.recipe({"tie_embeddings": True}, {"capacity_factor": 0.5}).model_dump(mode="json")
+    options = {"tie_embeddings": True, "num_layers": 4}
+    raw = small.recipe(options, {"capacity_factor": 0.5}, {"micro_batch_size": 1}).model_dump(mode="json")
     whole = run_distributed(texts, 1, raw)[0]
     assert run_distributed(texts, world_size, {**raw, "parallel": parallel}) == [whole] * world_size
     assert len(whole[2]) < 12
@@ -151,8 +155,8 @@ def test_every_layout_writes_the_same(world_size: int, parallel: dict[str, Any])
 
 def texts_of_ranks_that_differ(stop: int | None) -> list[list[int]]:
     """Each rank computes other logits, as rounding may make it: without a common choice they part, or hang."""
-    place = topology.initialize(ep=2)
     recipe = small.recipe(moe={}, parallel={"ep": 2})
+    place = small.start(recipe)
     gpt = sharp_model(recipe, place)
     exact = module.next_token_logits
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from megasparse import topology
 from megasparse.config import Recipe
 from megasparse.layers.moe import MoELayer
-from megasparse.model import GPTModel, build_model, global_parameters, moe_layers
+from megasparse.model import GPTModel, Slab, Weight, blocks, build_model, local_weights, moe_layers
+from megasparse.topology import Layout
 from tests import oracle, small
 from tests.helpers import assert_close, relative_error, run_distributed
 
@@ -80,7 +83,7 @@ def test_logits_equal_transformers(single: topology.Topology, name: str) -> None
     for buffer_name, buffer in theirs.named_buffers():
         if "correction_bias" in buffer_name:
             buffer.copy_(0.2 * torch.randn(buffer.shape))
-    gpt, _ = build_model(small.recipe(family.model, family.moe), single, small.VOCAB)
+    (gpt,), _ = build_model(small.recipe(family.model, family.moe), single, small.VOCAB)
     oracle.copy_weights(gpt, theirs)
     ids = torch.randint(0, small.VOCAB, (3, small.SEQ))
     with torch.no_grad():
@@ -93,7 +96,7 @@ def test_gpt2_equals_transformers(single: topology.Topology, activation: str, th
     hf = oracle.gpt2(activation_function=theirs, initializer_range=0.15).eval()
     model = {"position_embedding": "learned", "normalization": "LayerNorm", "bias": "all", "tie_embeddings": True}
     model |= {"activation": activation, "num_query_groups": 4, "ffn_hidden_size": 128}
-    gpt, _ = build_model(small.recipe(model), single, small.VOCAB)
+    (gpt,), _ = build_model(small.recipe(model), single, small.VOCAB)
     oracle.copy_weights(gpt, hf)
     ids = torch.randint(0, small.VOCAB, (3, small.SEQ))
     with torch.no_grad():
@@ -106,7 +109,7 @@ def test_every_gradient_equals_transformers(single: topology.Topology) -> None:
     family = FAMILIES["qwen3-moe"]
     theirs = oracle.decoder(family.model_type, **family.theirs)
     recipe = small.recipe(family.model, {**(family.moe or {}), "aux_loss_coefficient": 0.0})
-    gpt, _ = build_model(recipe, single, small.VOCAB)
+    (gpt,), _ = build_model(recipe, single, small.VOCAB)
     oracle.copy_weights(gpt, theirs)
     batch = small.batches(recipe, 0)[0]
     gpt(batch.tokens, batch.position_ids, None, labels=batch.labels).mean().backward()
@@ -124,7 +127,7 @@ def test_every_gradient_equals_transformers(single: topology.Topology) -> None:
 def test_document_ids_reach_every_layer(single: topology.Topology) -> None:
     """Tokens of one document do not move when another document changes."""
     recipe = small.recipe({"num_layers": 3}, {"layers": [0, 1, 1]})
-    gpt, _ = build_model(recipe, single, small.VOCAB)
+    (gpt,), _ = build_model(recipe, single, small.VOCAB)
     ids = torch.randint(0, small.VOCAB, (2, small.SEQ))
     documents = (torch.arange(small.SEQ) >= 10).long().expand(2, -1)
     positions = torch.arange(small.SEQ).expand(2, -1)
@@ -141,7 +144,7 @@ def test_document_ids_reach_every_layer(single: topology.Topology) -> None:
 @pytest.mark.parametrize("policy", ["probs", "position"])
 def test_evaluation_is_causal(single: topology.Topology, policy: str) -> None:
     """A token's logits depend on nothing after it and on no other sequence, whatever capacity training has."""
-    gpt, _ = build_model(small.recipe(moe={"capacity_factor": 0.5, "drop_policy": policy}), single, small.VOCAB)
+    (gpt,), _ = build_model(small.recipe(moe={"capacity_factor": 0.5, "drop_policy": policy}), single, small.VOCAB)
     for parameter in gpt.parameters():
         if parameter.dim() > 1:
             parameter.data *= 5
@@ -156,7 +159,7 @@ def test_evaluation_is_causal(single: topology.Topology, policy: str) -> None:
 def test_reset_positions_reach_the_learned_table(single: topology.Topology) -> None:
     """A packed document at its own positions, masked, equals the document alone."""
     model = {"position_embedding": "learned", "max_position_embeddings": 32}
-    gpt, _ = build_model(small.recipe(model), single, small.VOCAB)
+    (gpt,), _ = build_model(small.recipe(model), single, small.VOCAB)
     ids = torch.randint(0, small.VOCAB, (1, small.SEQ))
     documents = (torch.arange(small.SEQ) >= 9).long().unsqueeze(0)
     positions = torch.cat([torch.arange(9), torch.arange(small.SEQ - 9)]).unsqueeze(0)
@@ -171,9 +174,10 @@ def test_weights_follow_the_initialisation(single: topology.Topology) -> None:
         {"num_layers": 4, "hidden_size": 64, "bias": "qkv", "qk_norm": "head"},
         {"layers": [0, 1, 1, 1], "shared_expert_ffn_hidden_size": 48},
     )
-    gpt, _ = build_model(recipe, single, 200)
+    chunks, _ = build_model(recipe, single, 200)
     seen: dict[tuple[int, ...], list[torch.Tensor]] = {}
-    for name, parameter in global_parameters(gpt):
+    for weight in local_weights(chunks, single):
+        name, parameter = weight.name, weight.tensor
         if parameter.dim() == 1:
             expected = 0.0 if name.endswith("bias") else 1.0
             assert (parameter == expected).all(), name
@@ -188,15 +192,15 @@ def test_weights_follow_the_initialisation(single: topology.Topology) -> None:
             others = seen.setdefault(tuple(matrix.shape), [])
             assert not any(torch.equal(matrix, other) for other in others), f"{name} is a copy of another weight"
             others.append(matrix)
-    other_seed, _ = build_model(small.recipe(recipe.model.model_dump(), training={"seed": 5}), single, 200)
-    assert not torch.equal(other_seed.embedding.word_embeddings.weight, gpt.embedding.word_embeddings.weight)
+    (other_seed,), _ = build_model(small.recipe(recipe.model.model_dump(), training={"seed": 5}), single, 200)
+    assert not torch.equal(other_seed.embedding.word_embeddings.weight, chunks[0].embedding.word_embeddings.weight)
 
 
 def test_the_pattern_of_layers(single: topology.Topology) -> None:
     for pattern, expected in (("all", [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), ([1, 0, 0, 1], [0, 3])):
-        gpt, _ = build_model(small.recipe({"num_layers": 4}, {"layers": pattern}), single, small.VOCAB)
-        assert [layer for layer, _ in moe_layers(gpt)] == expected
-        routers = [moe.router for _, moe in moe_layers(gpt)]
+        chunks, _ = build_model(small.recipe({"num_layers": 4}, {"layers": pattern}), single, small.VOCAB)
+        assert [layer for layer, _ in moe_layers(chunks)] == expected
+        routers = [moe.router for _, moe in moe_layers(chunks)]
         assert [r.is_last_moe_layer for r in routers] == [False] * (len(expected) - 1) + [True]
         assert {r.num_moe_layers for r in routers} == {len(expected)}
         assert [r.layer_number for r in routers] == [layer + 1 for layer in expected]
@@ -205,8 +209,8 @@ def test_the_pattern_of_layers(single: topology.Topology) -> None:
 def padded(tp: int) -> dict[str, Any]:
     """Loss, next-token logits and gradient of the embedding with 95 tokens in the vocabulary, which tp=2 pads."""
     recipe = small.recipe({"tie_embeddings": True}, {}, parallel={"tp": tp})
-    place = topology.initialize(tp)
-    gpt, _ = build_model(recipe, place, small.VOCAB - 1)
+    place = small.start(recipe)
+    (gpt,), _ = build_model(recipe, place, small.VOCAB - 1)
     ids = torch.arange(2 * small.SEQ).view(2, -1) % (small.VOCAB - 1)
     positions = torch.arange(small.SEQ).expand(2, -1)
     losses = gpt(ids, positions, None, labels=ids.roll(-1, 1))
@@ -228,37 +232,84 @@ def test_a_padded_vocabulary_has_no_probability() -> None:
     assert relative_error(grad[:95], whole["grad"]) < 1e-5
 
 
-def layout_weights(raw: dict[str, Any], vocab: int) -> dict[str, torch.Tensor]:
-    """This rank's initial weights by global name, and a checksum of each expert."""
+def layout_weights(raw: dict[str, Any], vocab: int) -> list[tuple[str, tuple, list[tuple]]]:
+    """This rank's initial weights: name, shape of the whole, and the parts of it that are here."""
     recipe = Recipe.model_validate(raw)
-    parallel = recipe.parallel
-    place = topology.initialize(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel)
-    gpt, _ = build_model(recipe, place, vocab)
-    weights = {}
-    for name, parameter in global_parameters(gpt):
-        if ".experts.w" in name:
-            for i, expert in enumerate(parameter.detach()):
-                weights[f"{name}.{place.ep_rank * len(parameter) + i}"] = expert.clone()
-        elif parameter.dim() > 1 and not getattr(parameter, "tensor_model_parallel", False):
-            weights[name] = parameter.detach().clone()
-    return weights
+    place = small.start(recipe)
+    chunks, _ = build_model(recipe, place, vocab)
+    weights = local_weights(chunks, place)
+    return [
+        (w.name, w.shape, [(o, part.clone()) for o, part in blocks(w, 0, w.tensor.detach().reshape(-1))])
+        for w in weights
+    ]
 
 
-def test_experts_and_layers_are_the_same_in_every_layout() -> None:
-    recipe = small.recipe({"num_layers": 4}, {"layers": [0, 0, 1, 0], "shared_expert_ffn_hidden_size": 16})
-    raw = recipe.model_dump(mode="json")
-    whole = run_distributed(layout_weights, 1, raw, small.VOCAB)[0]
-    seen: set[str] = set()
-    for rank in run_distributed(layout_weights, 4, {**raw, "parallel": {"pp": 2, "ep": 2}}, small.VOCAB):
-        for name, value in rank.items():
-            seen.add(name)
-            if name in whole:
-                assert torch.equal(value, whole[name]), name
-    assert {name for name in whole if ".experts." in name or "router" in name} <= seen
+def assembled(ranks: list[list[tuple[str, tuple, list[tuple]]]]) -> dict[str, torch.Tensor]:
+    """The whole weights; where ranks hold the same part, they must agree."""
+    whole: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        for name, shape, parts in rank:
+            tensor = whole.setdefault(name, torch.full(shape, torch.nan))
+            for offsets, part in parts:
+                here = tensor[tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))]
+                assert here.isnan().all() or torch.equal(here, part), name
+                here.copy_(part)
+    assert not any(tensor.isnan().any() for tensor in whole.values())
+    return whole
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2vp2", "pp4", "ep4", "tp2pp2ep2", "tp2ep4", "cp2ep2"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_every_layout_starts_from_the_same_weights(layout: str, tied: bool) -> None:
+    """To the bit, and every element of every weight is somewhere; 95 tokens make tp=2 pad the vocabulary."""
+    recipe = small.recipe(
+        {"num_layers": 5, "tie_embeddings": tied, "qk_norm": "full", "bias": "qkv"},
+        {"layers": [0, 0, 1, 0, 1], "shared_expert_ffn_hidden_size": 16},
+        {"micro_batch_size": 1},
+    )
+    raw, parsed = recipe.model_dump(mode="json"), Layout.parse(layout)
+    reference = assembled(run_distributed(layout_weights, 1, raw, 95))
+    ranks = run_distributed(layout_weights, parsed.world_size, {**raw, "parallel": parsed.parallel()}, 95)
+    whole = assembled(ranks)
+    assert whole.keys() == reference.keys()
+    for name, value in reference.items():
+        assert torch.equal(whole[name], value), name
+
+
+@pytest.mark.parametrize(
+    "slabs",
+    [
+        (Slab(0, (3, 5, 2), (0, 0, 0)),),
+        (Slab(0, (2, 5, 2), (0, 0, 0)), Slab(20, (2, 5, 2), (6, 0, 0))),
+        (Slab(0, (1, 5, 2), (4, 5, 0)),),
+    ],
+    ids=["whole", "two halves", "one row of it"],
+)
+def test_blocks_of_every_range(slabs: tuple[Slab, ...]) -> None:
+    """Brute force: each element of each flat range lands where the slabs say, once, as a view that can be written."""
+    count = max(slab.start + math.prod(slab.shape) for slab in slabs)
+    local = torch.arange(count, dtype=torch.float32)
+    weight = Weight("w", local, (9, 10, 2), slabs)
+    home = torch.full(weight.shape, -1.0)
+    for slab in slabs:
+        for i, index in enumerate(itertools.product(*map(range, slab.shape))):
+            home[tuple(o + j for o, j in zip(slab.offsets, index, strict=True))] = slab.start + i
+    for start in range(count):
+        for end in range(start, count + 1):
+            found = torch.full(weight.shape, -1.0)
+            flat = local[start:end].clone()
+            for offsets, view in blocks(weight, start, flat):
+                here = found[tuple(slice(o, o + n) for o, n in zip(offsets, view.shape, strict=True))]
+                assert (here == -1).all(), "no element twice"
+                here.copy_(view)
+                view.zero_()
+            expected = torch.where((home >= start) & (home < end), home, -1.0)
+            assert torch.equal(found, expected), (start, end)
+            assert not flat.any()
 
 
 def test_moe_layers_have_the_groups_deepspeed_looks_for(single: topology.Topology) -> None:
-    gpt, _ = build_model(small.recipe(moe={"layers": [0, 1]}), single, small.VOCAB)
+    (gpt,), _ = build_model(small.recipe(moe={"layers": [0, 1]}), single, small.VOCAB)
     experts = {name for name, p in gpt.named_parameters() if not getattr(p, "allreduce", True)}
     assert experts == {f"decoder.layers.1.mlp.experts.w{i}" for i in (1, 2, 3)}
     assert isinstance(gpt.decoder.layers[1].mlp, MoELayer)

@@ -192,11 +192,10 @@ def test_recompute_draws_the_same_dropout(single: topology.Topology) -> None:
     have the masks of the first pass, and gradients are those without recomputation."""
 
     def gradients(recipe: Recipe) -> list[torch.Tensor]:
-        gpt, state = build_model(recipe, single, small.VOCAB)
-        engine = Engine(recipe, single, gpt, state)
+        engine = Engine(recipe, single, *build_model(recipe, single, small.VOCAB))
         torch.manual_seed(3)
         results = [engine.train_step(small.batches(recipe, s), s, 1e-2) for s in range(2)]
-        return [torch.tensor([r.loss, r.grad_norm]) for r in results] + [p.detach() for p in gpt.parameters()]
+        return [torch.tensor([r.loss, r.grad_norm]) for r in results] + [p.detach() for p in engine.chunks.parameters()]
 
     dropout = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
     plain, recomputed, none = (

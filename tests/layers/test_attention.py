@@ -13,7 +13,6 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megasparse import topology
 from megasparse.layers.attention import CoreAttention, document_mask
 from megasparse.model import transformer_config
 from tests import small
@@ -117,7 +116,7 @@ def test_dropout_is_for_training_only_and_keeps_the_mean(documents: Tensor | Non
 def dropped_attention(sequence_parallel: bool) -> tuple[Tensor, Tensor]:
     """(output of the core for the same heads on every rank, what torch's generator gives next)."""
     recipe = small.recipe(model={"attention_dropout": 0.5}, parallel={"tp": 2, "sequence_parallel": sequence_parallel})
-    place = topology.initialize(2, sequence_parallel=sequence_parallel)
+    place = small.start(recipe)
     core = CoreAttention(transformer_config(recipe, place), 1, AttnMaskType.causal, "self").train()
     with get_cuda_rng_tracker().fork() if sequence_parallel else contextlib.nullcontext():  # as mcore's block does
         output = core(*(torch.ones(8, 2, 2, 4) for _ in range(3)), None)

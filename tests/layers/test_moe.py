@@ -233,7 +233,7 @@ def one_micro_batch(place: topology.Topology, seed: int, forced: list[int] | Non
 
 
 def expert_parallel(cases: list[tuple[list[int] | None, dict[str, Any]]], ep: int) -> list[dict[str, Any]]:
-    place = topology.initialize(ep=ep)
+    place = topology.initialize(topology.Layout(ep=ep, dp=ep))
     return [one_micro_batch(place, place.rank, forced, **options) for forced, options in cases]
 
 
@@ -272,7 +272,7 @@ def test_two_ranks_equal_one(single: topology.Topology) -> None:
 
 def tensor_parallel(sequence_parallel: bool, ep: int, options: dict[str, Any]) -> dict[str, Any]:
     """The layer under tp=2: the whole sequence on each rank, or its half with sequence parallelism."""
-    place = topology.initialize(2, 1, ep, sequence_parallel)
+    place = topology.initialize(topology.Layout(tp=2, ep=ep, sequence_parallel=sequence_parallel))
     layer = make(place, **options)
     index = torch.arange(BATCH * SEQ).view(BATCH, SEQ)
     x, dy = hidden_states(), hidden_states(100)

@@ -91,7 +91,7 @@ def test_large_and_small_values_do_not_overflow() -> None:
 
 def full_width(tp: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """This rank's heads: output, gradient of the input, gradient of its part of the weight."""
-    place = topology.initialize(tp)
+    place = topology.initialize(topology.Layout(tp=tp))
     norm = FullWidthRMSNorm(config(dtype, tp=tp), HEAD_DIM, 1e-2, heads=HEADS)
     generator = torch.Generator().manual_seed(0)
     x, upstream = (torch.randn(SEQ, BATCH, HEADS, HEAD_DIM, generator=generator) for _ in range(2))

@@ -100,7 +100,7 @@ def test_logits_equal_transformers(single: topology.Topology, scaling: str, para
     ids = torch.randint(0, small.VOCAB, (2, small.SEQ))
     for name, rope in (("scaled", {"scaling": scaling, **parameters}), ("plain", {})):
         recipe = small.recipe({"rope": {"theta": 50.0, **rope}})
-        gpt, _ = build_model(recipe, single, small.VOCAB)
+        (gpt,), _ = build_model(recipe, single, small.VOCAB)
         oracle.copy_weights(gpt, theirs)
         with torch.no_grad():
             logits[name] = gpt.eval()(ids, torch.arange(small.SEQ).expand(2, -1), None)

@@ -291,7 +291,7 @@ def test_gradients_of_the_losses(scope: str, score_function: str) -> None:
 
 def tensor_parallel_losses(scope: str, tp: int) -> dict[str, Any]:
     """The losses of two layers, and the gradients of their weights, with the tokens split over ``tp`` ranks."""
-    place = topology.initialize(tp)
+    place = topology.initialize(topology.Layout(tp=tp))
     state = RouterState()
     state.begin(0, 1)
     moe = MoE(
@@ -305,7 +305,7 @@ def tensor_parallel_losses(scope: str, tp: int) -> dict[str, Any]:
     config = SimpleNamespace(hidden_size=HIDDEN, params_dtype=torch.float64, tensor_model_parallel_size=tp)
     total, weights = torch.zeros((), dtype=torch.float64), []
     for layer in range(2):
-        router = Router(config, moe, state, place.tp_group).train()
+        router = Router(config, moe, state, place.tp_cp_group).train()
         router.num_moe_layers, router.is_last_moe_layer = 2, layer == 1
         router.weight.data.copy_(torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(layer)))
         x, index = tokens(seed=layer)
@@ -410,7 +410,7 @@ def test_the_bias_evens_out_a_skewed_router(single: topology.Topology) -> None:
             parallel={"zero_stage": 0},
         )
         engine = engine_of(recipe, single)
-        engine.gpt.embedding.word_embeddings.weight.data += 0.03
+        engine.chunks[0].embedding.word_embeddings.weight.data += 0.03
         router = engine._moe[0][1].router
         router.weight.data *= 8
         router.weight.data[0] += 0.1
@@ -471,11 +471,11 @@ def test_evaluation_drops_nothing() -> None:
 
 def tensor_parallel_keep(policy: str, tp: int) -> dict[int, list[bool]]:
     """Token -> which of its copies are kept, with positions split over ``tp`` ranks as the MoE layer splits them."""
-    place = topology.initialize(tp)
+    place = topology.initialize(topology.Layout(tp=tp))
     seq, batch = 10, 4
     moe = MoE(num_experts=EXPERTS, top_k=3, ffn_hidden_size=8, capacity_factor=0.6, drop_policy=policy)  # type: ignore[arg-type]
     config = SimpleNamespace(hidden_size=HIDDEN, params_dtype=torch.float64, tensor_model_parallel_size=tp)
-    router = Router(config, moe, RouterState(), place.tp_group).train()
+    router = Router(config, moe, RouterState(), place.tp_cp_group).train()
     router.weight.data.copy_(torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0)))
     x, _ = tokens(seq * batch)
     index = torch.arange(seq * batch).view(batch, seq).t().reshape(-1)  # row s * batch + b is token b * seq + s

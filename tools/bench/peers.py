@@ -246,12 +246,12 @@ def megatron_model(recipe: Recipe, groups: Topology, dispatcher: str) -> nn.Modu
 
 def our_weights(recipe: Recipe) -> dict[str, Tensor]:
     """The first weights of ours, by name."""
-    from megasparse.model import build_model, global_parameters
+    from megasparse.model import build_model, local_weights
 
     groups = topology.initialize(seed=recipe.training.seed)
     assert recipe.model.vocab_size is not None
-    gpt, _ = build_model(recipe, groups, recipe.model.vocab_size)
-    return {name: parameter.detach() for name, parameter in global_parameters(gpt)}
+    chunks, _ = build_model(recipe, groups, recipe.model.vocab_size)
+    return {weight.name: weight.tensor.detach() for weight in local_weights(chunks, groups)}
 
 
 def olmoe_weights(ours: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
