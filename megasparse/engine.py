@@ -78,9 +78,11 @@ class Engine:
                 config=deepspeed_config(recipe, topology),
                 mpu=MegatronMPU(),
             )
+        # DeepSpeed's own norms wait for stages that have no experts and count by their own rules.
         if self._partitioned:
-            # Its own norm waits for ranks that have no experts and counts by its own rules: give it the exact one.
             self.optimizer.scaled_global_norm = self._scaled_global_norm
+        elif bf16_optimizer(recipe):
+            self.optimizer.step = self._bf16_step
         self.config.finalize_model_grads_func = self._finalize_gradients
         if recipe.training.precision == "fp16":
             self.config.grad_scale_func = lambda loss: loss * self.optimizer.loss_scale
@@ -223,6 +225,17 @@ class Engine:
         else:
             self.optimizer.zero_grad()
         self.chunks.zero_grad()
+
+    def _bf16_step(self) -> None:
+        """BF16_Optimizer's step without its norm: gradients are clipped and known to be finite."""
+        bf16 = self.optimizer
+        for master, gradient in zip(
+            bf16.fp32_groups_flat_partition, bf16.fp32_groups_gradient_flat_partition, strict=True
+        ):
+            master.grad = gradient
+        bf16.optimizer.step()
+        bf16.update_lp_params()
+        bf16.clear_hp_grads()
 
     @property
     def _partitioned(self) -> bool:

@@ -65,7 +65,7 @@ class CoreAttention(MegatronModule):
         seq, batch, heads, head_dim = query.shape
         queries = query.permute(1, 2, 0, 3)
         if self.context_parallel > 1:
-            key, value = (gather_sequence(x, self.cp_group) for x in (key, value))
+            key, value = gather_sequence(torch.cat([key, value], 2), self.cp_group).chunk(2, 2)
         keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         with get_cuda_rng_tracker().fork() if self.forks else contextlib.nullcontext():
             if self.context_parallel == 1:
