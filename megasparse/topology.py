@@ -363,6 +363,17 @@ def shutdown() -> None:
     groups.mpu = None
 
 
+def leave() -> None:
+    """Forget every group and the world, so that this process can join another."""
+    if not dist.is_initialized():
+        return
+    import deepspeed.comm.comm as deepspeed_comm
+
+    shutdown()
+    dist.destroy_process_group()
+    deepspeed_comm.cdb = None  # it takes the old world for the new one
+
+
 def _default_environment() -> None:
     """One process, where no launcher said otherwise."""
     if "WORLD_SIZE" in os.environ:

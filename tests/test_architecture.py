@@ -20,7 +20,8 @@ LEVELS = [
     {"layers", "sparsity"},
     {"model"},
     {"engine", "data", "metrics", "checkpoint", "generate"},
-    {"train"},
+    {"processes"},
+    {"train", "verify"},
     {"cli"},
     {"__main__", "tools"},
 ]
