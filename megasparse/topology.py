@@ -348,15 +348,23 @@ def shutdown() -> None:
 
     megatron-core and DeepSpeed forget theirs without destroying them; each gloo group left over keeps its threads.
     """
+    import deepspeed
     from deepspeed.utils import groups
     from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     parallel_state.destroy_model_parallel()
+    for name in vars(parallel_state):  # these it leaves: a rank of the next layout took itself for one with embeddings
+        if name.startswith("_") and name.endswith("_GLOBAL_RANKS"):
+            setattr(parallel_state, name, None)
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
     groups._WORLD_GROUP = None
-    gc.collect()  # engines that hold groups are cycles
+    for engine in [thing for thing in gc.get_objects() if isinstance(thing, deepspeed.DeepSpeedEngine)]:
+        engine.destroy()  # its gradient hooks are cycles through C++, with models and groups on them for ever
+    RotaryEmbedding.forward.cache_clear()  # it keeps the modules it was called on
+    gc.collect()
     for name in vars(groups):
         if name.startswith("_EXPERT_") and isinstance(vars(groups)[name], dict):
             vars(groups)[name].clear()
