@@ -119,6 +119,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")
     ] = False,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="With --resume: go on from this one, such as step_20.", show_default=False)
+    ] = None,
 ) -> None:
     """Train a recipe. For several processes: deepspeed --num_gpus N --module megasparse train RECIPE."""
     from megasparse.config import load_recipe
@@ -127,7 +130,19 @@ def train(
     _share_cores()
     from megasparse.train import train as run
 
-    run(resolved, run_dir or Path("runs") / resolved.name, resume)
+    run(resolved, run_dir or Path("runs") / resolved.name, resume, checkpoint)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder such as runs/NAME/checkpoints/step_20.")],
+    hashes: Annotated[bool, typer.Option("--hashes", help="Read every file and compare its SHA-256.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write what is printed, in full, to this file.")] = None,
+) -> None:
+    """Say what a checkpoint holds: step, layout, files, and every tensor with its shape. Starts no processes."""
+    from megasparse.checkpoint.inspect import inspect as run
+
+    run(checkpoint, hashes, json)
 
 
 def _rank() -> int:

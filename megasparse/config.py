@@ -232,6 +232,17 @@ class Training(Section):
     eval_tokens: PositiveInt = 100_000  # validation tokens at each interval (the end uses all)
     save_interval: int = Field(default=0, ge=0)  # steps; 0: only at the end
     keep_checkpoints: PositiveInt = 2  # the newest ones kept
+    keep_every: int = Field(default=0, ge=0)  # steps; 0: none: checkpoints kept for good, a multiple of save_interval
+    async_save: bool = False  # a checkpoint is copied and written while training goes on
+
+    @model_validator(mode="after")
+    def _check(self) -> Training:
+        if self.keep_every and (self.save_interval == 0 or self.keep_every % self.save_interval):
+            raise ValueError(
+                f"keep_every={self.keep_every} is not a multiple of save_interval={self.save_interval}: "
+                "no such step is saved"
+            )
+        return self
 
 
 class Logging(Section):

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from megasparse import platform, topology
-from megasparse.checkpoint import native
+from megasparse.checkpoint import folder as checkpoints
+from megasparse.checkpoint.load import check_resumable, load
+from megasparse.checkpoint.save import Saver
 from megasparse.config import Recipe
 from megasparse.data.loader import TrainingData, ValidationWindows
 from megasparse.engine import Engine, StepResult
@@ -36,8 +38,9 @@ SAMPLE_TOKENS = 120
 FINAL_OVERLAP = 4  # the last evaluation's windows advance by seq_length / 4: each token has 3/4 of one as context
 
 
-def train(recipe: Recipe, run_dir: Path, resume: bool = False) -> None:
-    """Train ``recipe`` into ``run_dir``; every rank of the job calls it.
+def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: str | None = None) -> None:
+    """Train ``recipe`` into ``run_dir``; every rank of the job calls it. ``resume``: from the latest checkpoint in it,
+    or from the one named.
 
     Raises ValueError for what the user can mend (data, layout, a run folder in use), before any work is done.
     """
@@ -48,13 +51,16 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False) -> None:
     data = TrainingData(recipe.data, training.seed)
     validation = ValidationWindows(recipe.data)
     vocab_size = vocabulary(recipe, data.vocab_size)
-    checkpoint = checkpoint_to_resume(run_dir, resume, recipe, world_size, data.fingerprint)
+    checkpoint = checkpoint_to_resume(run_dir, resume, checkpoint_name, recipe, data.fingerprint)
 
     place = topology.initialize(layout, training.seed)
     chunks, router_state = build_model(recipe, place, vocab_size)
     engine = Engine(recipe, place, chunks, router_state)
-    first_step = native.load(engine, checkpoint) if checkpoint else 0
+    first_step = load(engine, checkpoint) if checkpoint else 0
+    saver = Saver(engine, run_dir / "checkpoints", data.fingerprint)
     if place.rank == 0:
+        if checkpoint:
+            checkpoints.set_latest(checkpoint)  # killed before the next one, the run goes on from here again
         write_environment(run_dir, recipe)
     log = MetricsLogger(run_dir, recipe, first_step + 1, place.rank)
     announce(log, recipe, place, vocab_size, checkpoint)
@@ -91,7 +97,8 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False) -> None:
                 f"{done}: lower optimizer.lr={recipe.optimizer.lr} or resume from an earlier checkpoint"
             )
         if last or due(done, training.save_interval):
-            native.save(engine, run_dir / "checkpoints", recipe, done, data.fingerprint, training.keep_checkpoints)
+            saver.save(done)
+    saver.wait()
     report(log, engine, recipe, place, data, run_dir)
     log.close()
     dist.barrier()
@@ -105,16 +112,21 @@ def vocabulary(recipe: Recipe, tokenizer_size: int) -> int:
     return size or tokenizer_size
 
 
-def checkpoint_to_resume(run_dir: Path, resume: bool, recipe: Recipe, world_size: int, fingerprint: str) -> Path | None:
+def checkpoint_to_resume(
+    run_dir: Path, resume: bool, name: str | None, recipe: Recipe, fingerprint: str
+) -> Path | None:
     """The checkpoint to go on from (None: start anew), checked against the recipe."""
-    checkpoint = native.latest(run_dir / "checkpoints")
+    folder = run_dir / "checkpoints"
+    if name is not None and not resume:
+        raise ValueError(f"--checkpoint {name} is what to go on from: add --resume")
+    checkpoint = checkpoints.latest(folder) if name is None else folder / name
     if not resume:
         if checkpoint is not None:
             raise ValueError(f"{run_dir} holds a run already ({checkpoint.name}): add --resume or choose --run-dir")
         return None
     if checkpoint is None:
-        raise ValueError(f"--resume: no checkpoint in {run_dir / 'checkpoints'}: start without --resume")
-    native.check_resumable(checkpoint, recipe, world_size, fingerprint)
+        raise ValueError(f"--resume: no checkpoint in {folder}: start without --resume")
+    check_resumable(checkpoint, recipe, fingerprint)
     return checkpoint
 
 
