@@ -145,6 +145,47 @@ def inspect(
     run(checkpoint, hashes, json)
 
 
+@app.command()
+def verify(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; examples/ has some.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values to change, such as model.num_layers=4.", show_default=False),
+    ] = None,
+    layouts: Annotated[
+        str | None,
+        typer.Option(help="Such as tp2,pp2vp2,ep2,cp2,tp2pp2ep2. Default: what the recipe asks for, and the usual."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="File for every figure.")] = None,
+) -> None:
+    """Prove layouts equal to one process: train the recipe, made small, in each of them on this machine's CPU.
+
+    Exit status 1 if any loss, gradient or weight differs by more than 1e-5, or a token takes another route.
+    """
+    from megasparse import platform
+    from megasparse.config import load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    platform.activate()
+    from rich.console import Console
+
+    from megasparse.files import write_atomic
+    from megasparse.processes import Workers
+    from megasparse.topology import Layout
+    from megasparse.verify import possible_layouts, show
+    from megasparse.verify import verify as run
+
+    chosen = [Layout.parse(text) for text in layouts.split(",")] if layouts else possible_layouts(resolved)
+    with Workers() as workers:
+        report = run(resolved, chosen, steps, workers.run)
+    show(report, Console())
+    if json is not None:
+        write_atomic(json, report.to_json())
+    if not report.passed:
+        raise typer.Exit(1)
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 

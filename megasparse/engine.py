@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,7 @@ class Engine:
         self.config.finalize_model_grads_func = self._finalize_gradients
         if recipe.training.precision == "fp16":
             self.config.grad_scale_func = lambda loss: loss * self.optimizer.loss_scale
+        self.before_step: Callable[[], None] | None = None  # to look at gradients: reduced, not yet clipped
         self._moe = moe_layers(chunks)
         self._partial = [
             weight.tensor
@@ -109,9 +110,11 @@ class Engine:
         tokens = self._loss_tokens(batches)
         losses = self._forward_backward(batches, scale=self.topology.replicas / tokens)
         statistics = self._reduce_statistics(losses, tokens)
-        loss_scale = self._loss_scale()
+        loss_scale = self.loss_scale()
         self._norm = self._gradient_norm()
         finite = math.isfinite(statistics.loss) and math.isfinite(self._norm)
+        if self.before_step is not None:
+            self.before_step()
         self._clip_and_step(finite)
         for layer, moe in self._moe:
             moe.router.end_step(statistics.expert_tokens[layer] if finite else None)
@@ -306,7 +309,8 @@ class Engine:
         """What DeepSpeed's ZeRO optimizer clips and checks by (still times the loss scale)."""
         return torch.tensor(self._norm if math.isfinite(self._norm) else math.inf)
 
-    def _loss_scale(self) -> float:
+    def loss_scale(self) -> float:
+        """What fp16 gradients are multiplied by; 1 in the other precisions."""
         return float(self.optimizer.loss_scale) if self.recipe.training.precision == "fp16" else 1.0
 
     # Statistics ----------------------------------------------------------------------------------------------------

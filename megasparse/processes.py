@@ -189,7 +189,13 @@ def _fork_server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["deepspeed", "megatron.core.models.gpt", "megasparse.engine", "megasparse.verify"])
     before = dict(os.environ)
-    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+        DS_ACCELERATOR="cpu",
+        PYTHONWARNINGS="ignore",
+        DS_LOG_LEVEL="error",
+    )
     try:
         forkserver.ensure_running()  # it keeps this environment
     finally:

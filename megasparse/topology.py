@@ -361,7 +361,7 @@ def shutdown() -> None:
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
     groups._WORLD_GROUP = None
-    for engine in [thing for thing in gc.get_objects() if isinstance(thing, deepspeed.DeepSpeedEngine)]:
+    for engine in [thing for thing in gc.get_objects() if issubclass(type(thing), deepspeed.DeepSpeedEngine)]:
         engine.destroy()  # its gradient hooks are cycles through C++, with models and groups on them for ever
     RotaryEmbedding.forward.cache_clear()  # it keeps the modules it was called on
     gc.collect()

@@ -267,7 +267,7 @@ def known_gradients(raw: dict[str, Any]) -> tuple[float, dict[str, float]]:
     for name, parameter in engine.chunks.named_parameters():
         square = LOCAL[place.rank].get(name.rsplit(".", 1)[1], 0.0) if "layers.0.mlp.experts" in name else 0.0
         value = math.sqrt(square / parameter.numel()) * place.replicas  # DeepSpeed divides by the replicas
-        loss = loss + (parameter.float() * value).sum() * engine._loss_scale()
+        loss = loss + (parameter.float() * value).sum() * engine.loss_scale()
     loss.backward()
     engine._finalize_gradients(None)
     engine._norm = engine._gradient_norm()
@@ -277,7 +277,7 @@ def known_gradients(raw: dict[str, Any]) -> tuple[float, dict[str, float]]:
         name = fragment.weight.name
         key = name[-2:] if "layers.0.mlp.experts" in name and name[-2:] in moments else "others"
         moments[key] += fragment.state["exp_avg"].double().square().sum().item()
-    return engine._norm / engine._loss_scale(), moments
+    return engine._norm / engine.loss_scale(), moments
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ class RouterOutput:
     experts: Tensor  # [tokens, top_k] int64
     keep: Tensor | None  # [tokens, top_k] bool; None: dropless
     loss: Tensor | None  # scalar to be differentiated with the micro-batch's loss; None: no auxiliary loss
+    selection: Tensor  # [tokens, experts]: the scores that the experts were chosen by
 
 
 class Router(nn.Module):
@@ -102,7 +103,7 @@ class Router(nn.Module):
         )
         keep = self._keep(routed.experts, routed.weights, token_index)
         if not self.training:
-            return RouterOutput(routed.weights, routed.experts, keep, None)
+            return RouterOutput(routed.weights, routed.experts, keep, None, routed.selection)
         counts = torch.zeros(moe.num_experts, dtype=torch.int64, device=x.device)
         flat = routed.experts.reshape(-1)
         counts.scatter_add_(0, flat, torch.ones_like(flat))
@@ -110,7 +111,8 @@ class Router(nn.Module):
             self.counts[:-1] += counts
             if keep is not None:
                 self.counts[-1] += keep.numel() - keep.sum()
-        return RouterOutput(routed.weights, routed.experts, keep, self._loss(logits, routed.probs, counts))
+        loss = self._loss(logits, routed.probs, counts)
+        return RouterOutput(routed.weights, routed.experts, keep, loss, routed.selection)
 
     def _keep(self, experts: Tensor, weights: Tensor, token_index: Tensor) -> Tensor | None:
         """Capacity and drop order are those of the whole micro-batch, wherever its tokens are.

@@ -17,6 +17,7 @@ class Routing(NamedTuple):
     weights: Tensor  # [tokens, top_k], float32 at least
     experts: Tensor  # [tokens, top_k] int64, best first
     probs: Tensor  # [tokens, experts]: scores that sum to 1, for the load-balancing loss
+    selection: Tensor  # [tokens, experts]: what the best are chosen by: biased, -inf outside a token's best groups
 
 
 def route(
@@ -55,7 +56,7 @@ def route(
     weights = scores.gather(1, experts)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return Routing(weights * scale if scale != 1.0 else weights, experts, probs)
+    return Routing(weights * scale if scale != 1.0 else weights, experts, probs, selection)
 
 
 def best(scores: Tensor, k: int) -> Tensor:

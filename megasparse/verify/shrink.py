@@ -1,0 +1,148 @@
+"""A recipe small enough for this machine that keeps its structure: the ratios, patterns and rules that layouts meet."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megasparse.config import Recipe, parse_recipe
+from megasparse.topology import Layout
+
+HEAD_DIM, WIDTH, EXPERT_WIDTH, EXPERTS, LAYERS, VOCAB, SEQUENCE, MICRO_BATCH = 16, 96, 48, 8, 4, 251, 32, 2
+EPS = 1e-3
+
+
+def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
+    """The recipe that is verified, and what was changed: ``field: before -> after (why)``.
+
+    Everything that is larger than it need be is reduced to what the layouts can still split: heads by the same factor
+    for queries and keys, experts with their groups, the pattern of dense and MoE layers, micro-batches for every
+    pipeline. A small recipe stays as it is but for dropout, precision, schedule and eps.
+    """
+    before = recipe.model_dump(mode="json")
+    raw = recipe.model_dump(mode="json")
+    tp = math.lcm(*(layout.tp for layout in layouts))
+    cp = math.lcm(*(layout.cp for layout in layouts))
+    stages = max(layout.pp * layout.vp for layout in layouts)
+    _shrink_attention(raw["model"], recipe, tp)
+    _shrink_layers(raw["model"], recipe, stages)
+    if recipe.model.moe is not None:
+        _shrink_experts(raw["model"]["moe"], math.lcm(*(layout.ep for layout in layouts)), tp)
+    _shrink_text(raw, recipe, layouts, tp, cp)
+    raw["model"].update(attention_dropout=0.0, hidden_dropout=0.0)
+    raw["schedule"] = {"type": "constant"}
+    raw["optimizer"]["eps"] = max(recipe.optimizer.eps, EPS)
+    raw["training"]["precision"] = "fp32"
+    raw["training"]["steps"] = 1_000_000
+    raw["parallel"]["layers_per_stage"] = None
+    return parse_recipe(raw), _changes(before, raw)
+
+
+def _shrink_attention(model: dict[str, Any], recipe: Recipe, tp: int) -> None:
+    queries_per_key = recipe.model.num_attention_heads // recipe.model.kv_heads
+    keys = _at_most(recipe.model.kv_heads, max(2, tp), tp)
+    heads, head_dim = keys * queries_per_key, min(recipe.model.head_size, HEAD_DIM)
+    if recipe.model.hidden_size <= WIDTH:
+        return
+    square = recipe.model.hidden_size == recipe.model.num_attention_heads * recipe.model.head_size
+    if heads * head_dim > 2 * WIDTH:  # many queries a key
+        head_dim = 4
+    model.update(
+        num_attention_heads=heads,
+        num_query_groups=keys if recipe.model.num_query_groups else None,
+        head_dim=None if square else head_dim,
+        hidden_size=heads * head_dim if square else WIDTH,
+        ffn_hidden_size=_at_most(recipe.model.ffn_size, WIDTH, tp),
+    )
+
+
+def _shrink_layers(model: dict[str, Any], recipe: Recipe, stages: int) -> None:
+    """The first layers and the last, with a dense and an MoE layer where the recipe has both."""
+    wanted = max(LAYERS, stages)
+    flags = recipe.model.moe_layers
+    if len(flags) <= wanted:
+        return
+    kept = [*flags[: wanted - 1], flags[-1]]
+    if any(flags) and not any(kept):
+        kept[-2] = True
+    if not all(flags) and all(kept):
+        kept[0] = False
+    model["num_layers"] = wanted
+    if recipe.model.moe is not None and recipe.model.moe.layers != "all":
+        model["moe"]["layers"] = [int(flag) for flag in kept]
+
+
+def _shrink_experts(moe: dict[str, Any], ep: int, tp: int) -> None:
+    groups = moe["num_groups"] or 1
+    unit = math.lcm(ep, groups)
+    experts = moe["num_experts"]
+    if experts > EXPERTS:
+        wanted = unit * max(1, math.ceil(max(EXPERTS, 2 * groups, 2 * moe["top_k"]) / unit))
+        if moe["top_k"] > EXPERTS // 2 and not moe["num_groups"]:
+            moe["top_k"] = EXPERTS // 2
+            wanted = unit * math.ceil(EXPERTS / unit)
+        moe["num_experts"] = min(experts, wanted)
+    moe["ffn_hidden_size"] = min(moe["ffn_hidden_size"], EXPERT_WIDTH)
+    if moe["shared_expert_ffn_hidden_size"]:
+        moe["shared_expert_ffn_hidden_size"] = _at_most(moe["shared_expert_ffn_hidden_size"], EXPERT_WIDTH, tp)
+
+
+def _shrink_text(raw: dict[str, Any], recipe: Recipe, layouts: list[Layout], tp: int, cp: int) -> None:
+    unit = 2 * cp * tp
+    raw["data"]["seq_length"] = _at_most(recipe.data.seq_length, math.ceil(SEQUENCE / unit) * unit, unit)
+    if recipe.model.max_position_embeddings:
+        raw["model"]["max_position_embeddings"] = min(recipe.model.max_position_embeddings, raw["data"]["seq_length"])
+    raw["model"]["vocab_size"] = min(recipe.model.vocab_size or VOCAB, VOCAB)
+    micro = min(recipe.training.micro_batch_size, MICRO_BATCH)
+    data = math.lcm(*(layout.dp for layout in layouts))
+    pipeline = math.lcm(*(layout.pp for layout in layouts))
+    wanted = micro * data * pipeline * (2 if data * pipeline < 4 else 1)
+    global_batch = recipe.training.global_batch_size
+    if global_batch > wanted or global_batch % (micro * data * pipeline):
+        global_batch = wanted
+    raw["training"].update(micro_batch_size=micro, global_batch_size=global_batch)
+
+
+def _at_most(value: int, limit: int, multiple: int) -> int:
+    """``value`` if it is small, else ``limit`` rounded up to a multiple."""
+    return value if value <= limit else math.ceil(limit / multiple) * multiple
+
+
+REASONS = {
+    "model.attention_dropout": "its masks follow the ranks",
+    "model.hidden_dropout": "its masks follow the ranks",
+    "optimizer.eps": "AdamW divides a gradient by its own size: where that is rounding, a small eps makes it an update",
+    "training.precision": "rounding would hide what is looked for",
+}
+SILENT = ("training.steps", "schedule", "parallel")  # of no consequence here
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
+    lines = []
+    for key in after:
+        name = f"{path}{key}"
+        if name in SILENT or before.get(key) == after[key]:
+            continue
+        if isinstance(after[key], dict) and isinstance(before.get(key), dict):
+            lines += _changes(before[key], after[key], f"{name}.")
+        else:
+            reason = f" ({REASONS[name]})" if name in REASONS else ""
+            lines.append(f"{name}: {before.get(key)} -> {after[key]}{reason}")
+    return lines
+
+
+def default_layouts(recipe: Recipe) -> list[Layout]:
+    """What the recipe asks for, each dimension at most 2, alone and together; and the layouts everyone should try."""
+    asked = recipe.parallel
+    two = {name: min(2, getattr(asked, name)) for name in ("tp", "pp", "vp", "cp", "ep")}
+    flags = (
+        "".join(("+sp" * asked.sequence_parallel, f"+zero{asked.zero_stage}" * (asked.zero_stage != 1)))
+        + "+offload" * asked.offload_optimizer
+    )
+    together = "".join(f"{name}{size}" for name, size in two.items() if size > 1)
+    texts = [f"{together or 'dp2'}{flags}", "dp2", "tp2+sp", "pp2", "cp2"]
+    if recipe.model.moe is not None:
+        texts += ["ep2", "tp2pp2ep2"]
+    if asked.vp > 1:
+        texts.append("pp2vp2")
+    return list(dict.fromkeys(Layout.parse(text) for text in texts))

@@ -1,0 +1,88 @@
+"""Five classic mistakes of layouts, planted in the production code for one call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+
+from megasparse import engine
+from megasparse.engine import Engine
+from megasparse.layers.router import Router
+
+
+@contextlib.contextmanager
+def experts_over_the_wrong_group() -> Iterator[None]:
+    """DeepSpeed's ZeRO-1 without contiguous gradients averages expert gradients over the dense group."""
+    config = engine.deepspeed_config
+
+    def wrong(*args: Any) -> dict[str, Any]:
+        made = config(*args)
+        made["zero_optimization"]["contiguous_gradients"] = False
+        return made
+
+    with mock.patch.object(engine, "deepspeed_config", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def aux_loss_scaled_by_tensor_parallelism() -> Iterator[None]:
+    loss = Router._loss
+
+    def wrong(self: Router, *args: Any) -> Any:
+        right = loss(self, *args)
+        return None if right is None else right * dist.get_world_size(self.group)
+
+    with mock.patch.object(Router, "_loss", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def norm_without_experts_of_later_ranks() -> Iterator[None]:
+    """Experts are not marked tensor-parallel: the norm counts them on rank 0 of the tensor-parallel group only."""
+    norm = Engine._gradient_norm
+
+    def wrong(self: Engine) -> float:
+        own = self.fragments
+        first = self.topology.tp_rank == 0
+
+        def counted() -> Iterator[Any]:
+            return (f for f in own() if first or getattr(f.weight.tensor, "allreduce", True))
+
+        with mock.patch.object(self, "fragments", counted):
+            return norm(self)
+
+    with mock.patch.object(Engine, "_gradient_norm", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def tied_weight_not_summed() -> Iterator[None]:
+    finalize = Engine._finalize_gradients
+
+    def wrong(self: Engine, *args: Any, **kwargs: Any) -> None:
+        with mock.patch.object(engine.parallel_state, "is_rank_in_embedding_group", return_value=False):
+            finalize(self, *args, **kwargs)
+
+    with mock.patch.object(Engine, "_finalize_gradients", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def micro_batches_counted_twice() -> Iterator[None]:
+    run = Engine._forward_backward
+
+    def wrong(self: Engine, batches: list[Any], scale: float, **kwargs: Any) -> Any:
+        return run(self, batches, scale / len(batches), **kwargs)
+
+    with mock.patch.object(Engine, "_forward_backward", wrong):
+        yield
+
+
+def planted(bug: Callable[[], Any], fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)`` with the bug in the code."""
+    with bug():
+        return fn(*args)

@@ -1,0 +1,156 @@
+"""Large recipes are made small with their structure, and every layout still fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megasparse.config import Recipe, parse_recipe
+from megasparse.topology import Layout, check_layout
+from megasparse.verify import possible_layouts
+from megasparse.verify.shrink import default_layouts, shrink
+from tests import small
+
+
+def recipe_of(model: dict[str, Any], seq: int, parallel: dict[str, Any] | None = None, **training: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "name": "large",
+            "data": {"sets": [{"path": "unused"}], "seq_length": seq},
+            "model": model,
+            "training": {
+                "steps": 100,
+                "global_batch_size": 1024,
+                "micro_batch_size": 4,
+                "precision": "bf16",
+                **training,
+            },
+            "parallel": parallel or {},
+        }
+    )
+
+
+QWEN3_MOE = recipe_of(
+    {
+        "num_layers": 48,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_query_groups": 4,
+        "head_dim": 128,
+        "qk_norm": "head",
+        "moe": {"num_experts": 128, "top_k": 8, "ffn_hidden_size": 768},
+    },
+    4096,
+    {"tp": 4, "sequence_parallel": True, "pp": 4, "ep": 8},
+)
+DEEPSEEK_LIKE = recipe_of(
+    {
+        "num_layers": 61,
+        "hidden_size": 7168,
+        "num_attention_heads": 128,
+        "num_query_groups": 8,
+        "head_dim": 192,
+        "ffn_hidden_size": 18432,
+        "moe": {
+            "num_experts": 256,
+            "top_k": 8,
+            "ffn_hidden_size": 2048,
+            "layers": [0] * 3 + [1] * 58,
+            "shared_expert_ffn_hidden_size": 2048,
+            "score_function": "sigmoid",
+            "num_groups": 8,
+            "top_k_groups": 4,
+            "bias_update_rate": 0.001,
+        },
+    },
+    4096,
+    {"pp": 16, "vp": 2, "ep": 64},
+)
+GPT2 = recipe_of(
+    {
+        "num_layers": 48,
+        "hidden_size": 1600,
+        "num_attention_heads": 25,
+        "vocab_size": 50257,
+        "position_embedding": "learned",
+        "max_position_embeddings": 1024,
+        "normalization": "LayerNorm",
+        "bias": "all",
+        "activation": "gelu",
+        "tie_embeddings": True,
+        "hidden_dropout": 0.1,
+    },
+    1024,
+    {"pp": 2, "layers_per_stage": [20, 28]},
+)
+
+
+@pytest.mark.parametrize("recipe", [QWEN3_MOE, DEEPSEEK_LIKE, GPT2], ids=["qwen3-moe", "deepseek-like", "gpt2"])
+def test_a_large_recipe_becomes_small_and_keeps_its_structure(recipe: Recipe) -> None:
+    layouts = possible_layouts(recipe)
+    assert len(layouts) >= 4
+    made, changes = shrink(recipe, layouts)
+    for layout in layouts:
+        raw = made.model_dump(mode="json")
+        raw["parallel"].update(layout.parallel())
+        check_layout(parse_recipe(raw), layout.world_size)
+    before, after = recipe.model, made.model
+    assert after.hidden_size <= 256
+    assert after.num_layers <= 8
+    assert made.data.seq_length <= 64
+    assert made.training.global_batch_size <= 32
+    assert before.num_attention_heads // before.kv_heads == after.num_attention_heads // after.kv_heads
+    assert (before.head_size * before.num_attention_heads == before.hidden_size) == (
+        after.head_size * after.num_attention_heads == after.hidden_size
+    )
+    for name in ("qk_norm", "bias", "tie_embeddings", "activation", "normalization", "position_embedding"):
+        assert getattr(before, name) == getattr(after, name)
+    assert any(before.moe_layers) == any(after.moe_layers)
+    assert all(before.moe_layers) == all(after.moe_layers)
+    if before.moe is not None and after.moe is not None:
+        assert after.moe.num_experts <= 16
+        assert after.moe.top_k < after.moe.num_experts
+        for name in ("score_function", "num_groups", "top_k_groups", "bias_update_rate"):
+            assert getattr(before.moe, name) == getattr(after.moe, name)
+        assert bool(before.moe.shared_expert_ffn_hidden_size) == bool(after.moe.shared_expert_ffn_hidden_size)
+    assert made.training.precision == "fp32"
+    assert after.hidden_dropout == 0
+    assert any(line.startswith("model.hidden_size: ") for line in changes)
+    assert any("training.precision: bf16 -> fp32 (rounding" in line for line in changes)
+    assert any("optimizer.eps: 1e-08 -> 0.001 (AdamW" in line for line in changes)
+
+
+def test_a_small_recipe_stays() -> None:
+    recipe = small.recipe({"vocab_size": 95}, {}, optimizer={"eps": 1e-2})
+    made, changes = shrink(recipe, [Layout.parse("tp2"), Layout.parse("dp2")])
+    assert made.model == recipe.model
+    assert changes == []
+
+
+def test_micro_batches_for_every_pipeline() -> None:
+    layouts = [Layout.parse(text) for text in ("pp4vp2", "dp4", "tp2")]
+    made, _ = shrink(QWEN3_MOE, layouts)
+    assert made.model.num_layers == 8
+    for layout in layouts:
+        per_rank, rest = divmod(made.training.global_batch_size, made.training.micro_batch_size * layout.dp)
+        assert rest == 0
+        assert per_rank % layout.pp == 0
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        ({}, "dp2 tp2+sp pp2 cp2 ep2dp2 tp2pp2ep2"),
+        ({"tp": 8, "ep": 8}, "tp2ep2 dp2 tp2+sp pp2 cp2 ep2dp2 tp2pp2ep2"),
+        ({"pp": 4, "vp": 3, "zero_stage": 0}, "pp2vp2+zero0 dp2 tp2+sp pp2 cp2 ep2dp2 tp2pp2ep2 pp2vp2"),
+        ({"zero_stage": 2, "offload_optimizer": True}, "dp2+zero2+offload dp2 tp2+sp pp2 cp2 ep2dp2 tp2pp2ep2"),
+    ],
+    ids=str,
+)
+def test_default_layouts(parallel: dict[str, Any], expected: str) -> None:
+    assert [str(layout) for layout in default_layouts(small.recipe(moe={}, parallel=parallel))] == expected.split()
+
+
+def test_a_dense_recipe_has_no_expert_layouts() -> None:
+    assert [str(layout) for layout in possible_layouts(small.recipe())] == ["dp2", "tp2+sp", "pp2", "cp2"]
