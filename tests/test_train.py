@@ -10,12 +10,18 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
 
+from megasparse.config import load_recipe
+from megasparse.data.loader import Batch
 from megasparse.data.prepare import PrepareConfig, prepare
+from megasparse.engine import Engine
 from megasparse.metrics import read_metrics
+from megasparse.train import train
+from tests.helpers import run_distributed
 
 TEXT = "def f{i}(x):\n    return x + {i}\n\n\nclass C{i}:\n    value = {i}\n"
 
@@ -113,13 +119,15 @@ def test_a_run_explains_itself(tmp_path: Path, corpus: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_equals_never_killed(tmp_path: Path, corpus: Path, processes: int) -> None:
-    """To the bit, with dropout, jitter and router biases; kill -9 in the middle, twice."""
+    """To the bit, with dropout, jitter and router biases; kill -9 in the middle, twice. Two processes save beside the
+    run."""
     recipe = write_recipe(tmp_path, corpus, eval_interval=3, eval_tokens=500)
     layout = ["parallel.ep=2"] if processes == 2 else []
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run("train", recipe, *layout, "--run-dir", whole, processes=processes)
     assert done.returncode == 0, done.stderr
-    arguments = ["train", recipe, *layout, "--run-dir", killed]
+    asynchronous = [f"training.async_save={str(processes == 2).lower()}"]
+    arguments = ["train", recipe, *layout, *asynchronous, "--run-dir", killed]
     kill_after(killed, 6, command(*arguments, processes=processes))
     kill_after(killed, 9, command(*arguments, "--resume", processes=processes))
     done = run(*arguments, "--resume", processes=processes)
@@ -140,6 +148,74 @@ def test_a_longer_budget_goes_on_with_the_same_data(tmp_path: Path, corpus: Path
     assert short == long
 
 
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_resumed(tmp_path: Path, corpus: Path) -> None:
+    """What is done anew from there is what was done, to the bit."""
+    recipe, run_dir = write_recipe(tmp_path, corpus), tmp_path / "run"
+    arguments = ["train", recipe, "schedule.type=constant", "--run-dir", run_dir]
+    assert run(*arguments).returncode == 0
+    first = {record["step"]: record for record in without_timing(run_dir)}
+    damaged = run_dir / "checkpoints" / "step_12" / "__0_0.distcp"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    more = [*arguments, "training.steps=14", "--resume"]
+    refused = run(*more)
+    assert refused.returncode == 2
+    (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert "step_12 is damaged: the SHA-256 of __0_0.distcp" in error
+    assert error.endswith("resume from it: --resume --checkpoint step_8")
+    done = run(*more, "--checkpoint", "step_8")
+    assert done.returncode == 0, done.stderr
+    assert "step_8" in done.stdout
+    again = {record["step"]: record for record in without_timing(run_dir)}
+    assert list(again) == list(range(1, 15))
+    keys = ("loss", "grad_norm", "expert_load")
+    assert [[again[s][k] for k in keys] for s in range(9, 13)] == [[first[s][k] for k in keys] for s in range(9, 13)]
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["latest", "step_12", "step_14"]
+
+
+def test_a_named_checkpoint_needs_resume(tmp_path: Path, corpus: Path) -> None:
+    done = run("train", write_recipe(tmp_path, corpus), "--run-dir", tmp_path / "run", "--checkpoint", "step_8")
+    assert done.returncode == 2
+    assert "--checkpoint step_8 is what to go on from: add --resume" in done.stderr
+
+
+# Another number of processes ------------------------------------------------------------------------------------------
+
+
+def consumed(recipe: Path, overrides: list[str], run_dir: Path, resume: bool) -> list[tuple[int, int, int]]:
+    """Train in this rank; (step, sample, its tokens in a number) of every sequence it trained on."""
+    seen = []
+    step_of_the_engine = Engine.train_step
+
+    def train_step(engine: Engine, batches: list[Batch], step: int, learning_rate: float) -> Any:
+        for batch in batches:
+            for tokens, index in zip(batch.tokens, batch.token_index, strict=True):
+                seen.append((step, int(index[0]) // len(index), hash(tuple(tokens.tolist()))))
+        return step_of_the_engine(engine, batches, step, learning_rate)
+
+    with mock.patch.object(Engine, "train_step", train_step):
+        train(load_recipe(recipe, overrides), run_dir, resume)
+    return seen
+
+
+def test_another_number_of_processes_goes_on_with_the_next_sample(tmp_path: Path, corpus: Path) -> None:
+    """1, then 4, then 2 processes: every sample once and in its step, the losses those of a run that was not stopped."""
+    recipe = write_recipe(tmp_path, corpus)
+    steady = ["schedule.type=constant", "model.hidden_dropout=0", "optimizer.eps=1e-5"]
+    (expected,) = run_distributed(consumed, 1, recipe, steady, tmp_path / "whole", False)
+    seen = []
+    for processes, steps, layout in ((1, 4, []), (4, 8, ["parallel.ep=2"]), (2, 12, ["parallel.zero_stage=2"])):
+        overrides = [*steady, *layout, f"training.steps={steps}"]
+        ranks = run_distributed(consumed, processes, recipe, overrides, tmp_path / "changed", steps > 4)
+        assert all(ranks)
+        seen += [sample for rank in ranks for sample in rank]
+    assert sorted(seen) == sorted(expected)
+    assert [sample for _, sample, _ in sorted(seen)] == list(range(12 * 8))
+    losses = [[record["loss"] for record in read_metrics(tmp_path / d)] for d in ("changed", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -148,7 +224,7 @@ def test_a_longer_budget_goes_on_with_the_same_data(tmp_path: Path, corpus: Path
         ("model.num_attention_heads=5", "num_attention_heads=5"),
         ("data.sets.0.path=/nowhere", "/nowhere"),
         ("training.global_batch_size=7", "training.global_batch_size=7"),
-        ("parallel.ep=2", "parallel.ep=2"),
+        ("parallel.ep=2", "layout ep2 on 1 processes"),
         ("model.vocab_size=10", "model.vocab_size=10"),
     ],
 )

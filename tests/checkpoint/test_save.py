@@ -270,10 +270,10 @@ def kill_while_saving(layout: str, asynchronous: bool, folder: Path, after: floa
 @pytest.mark.parametrize(
     ("layout", "asynchronous"), [("single", False), ("single", True), ("ep2", False), ("ep2", True)]
 )
-def test_killed_at_random_moments(tmp_path: Path, layout: str, asynchronous: bool) -> None:
-    """5 moments each. ``latest`` is whole, its hashes are right, and every tensor is that step's."""
+def test_killed_at_random_moments(single: Topology, tmp_path: Path, layout: str, asynchronous: bool) -> None:
+    """5 moments each. ``latest`` is whole, its hashes are right, every tensor is that step's, and it can be loaded."""
     generator = random.Random(f"{layout} {asynchronous}")
-    partial = 0
+    engine, partial = engine_of(recipe_of(), single), 0
     for i in range(5):
         folder = tmp_path / str(i)
         left = kill_while_saving(layout, asynchronous, folder, generator.uniform(0.0, 0.3))
@@ -287,4 +287,5 @@ def test_killed_at_random_moments(tmp_path: Path, layout: str, asynchronous: boo
         for name in reader.tensors:
             if not name.startswith("random."):
                 assert (reader.read(name) == step).all(), name
+        assert load(engine, newest) == step
     assert partial, "at least one was killed in the middle of a save"
