@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -28,7 +29,7 @@ from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch
 from megasparse.processes import Workers
-from megasparse.topology import Layout, check_layout, stage_layers
+from megasparse.topology import Layout, check_layout
 
 DEFAULT = "tp2 tp2+sp pp2 pp2vp2 cp2 ep2 dp2+zero0 dp2 dp2+zero2 ep2dp4 tp2ep2 tp2ep4 cp2ep2 tp2pp2ep2 tp2pp2ep2+sp"
 VOCAB, BYTES = 512, 4  # of a float32
@@ -74,7 +75,8 @@ def sent_bytes(name: str, args: Any) -> float:
     """Bytes this rank sends in one call of torch's collective, by a ring."""
     if name in ("recv_", "barrier", "monitored_barrier_"):
         return 0.0
-    group = next(a for a in args if isinstance(a, torch.ScriptObject) and hasattr(a, "size"))
+    boxed = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+    group = dist.ProcessGroup.unbox(boxed)
     n = group.size()
     if n == 1:
         return 0.0
@@ -112,7 +114,7 @@ def measure(raw: dict[str, Any]) -> tuple[int, float]:
     from megasparse.model import build_model
 
     recipe = parse_recipe(raw)
-    place = topology.initialize(check_layout(recipe, dist.get_world_size() if dist.is_initialized() else world()))
+    place = topology.initialize(check_layout(recipe, int(os.environ["WORLD_SIZE"])))
     engine = Engine(recipe, place, *build_model(recipe, place, VOCAB))
     engine.train_step(list(batches(recipe, 0, place)), 0, 1e-3)
     counter = Counter()
@@ -121,12 +123,6 @@ def measure(raw: dict[str, Any]) -> tuple[int, float]:
     with plain, counter:
         engine.train_step(list(batches(recipe, 1, place)), 1, 1e-3)
     return counter.messages, counter.bytes
-
-
-def world() -> int:
-    import os
-
-    return int(os.environ["WORLD_SIZE"])
 
 
 def batches(recipe: Recipe, step: int, place: topology.Topology) -> Iterator[Batch]:
@@ -162,12 +158,13 @@ def least_bytes(recipe: Recipe, layout: Layout) -> float:
     def ring(n: int) -> int:  # what a whole ring sends to gather or to scatter one tensor, over the tensor
         return n - 1
 
-    tensor = ring(tp) * activations * (4 * (len(flags) + dense) + (2 if layout.sequence_parallel else 4))
-    if not layout.sequence_parallel:
-        tensor -= ring(tp) * activations * 0
-        tensor += ring(tp) * activations * 2 * flags.count(True)
-    else:
-        tensor += ring(tp) * activations  # the output layer gathers its input and scatters the gradient
+    blocks = len(flags) + dense  # attention and dense MLP
+    if (
+        layout.sequence_parallel
+    ):  # two gathers and two scatters a block; the embedding's scatter and gather, the output's
+        tensor = ring(tp) * activations * (4 * blocks + 4)
+    else:  # two all-reduces a block, one of the embedding, one of the output layer; two gathers a mixture of experts
+        tensor = ring(tp) * activations * (4 * blocks + 4 + 2 * flags.count(True))
     borders = pp * layout.vp - 1
     pipeline = borders * 2 * activations * (1 if layout.sequence_parallel else tp)
     context = 2 * ring(cp) * len(flags) * 2 * tokens * model.kv_heads * model.head_size * BYTES
@@ -193,7 +190,6 @@ def main() -> None:
             layout = Layout.parse(text)
             recipe = recipe_of(layout)
             check_layout(recipe, layout.world_size)
-            assert stage_layers(recipe.parallel, recipe.model.num_layers)
             ranks = workers.run(measure, layout.world_size, recipe.model_dump(mode="json"))
             messages = sum(count for count, _ in ranks) / len(ranks)
             sent = sum(count for _, count in ranks) / len(ranks)
