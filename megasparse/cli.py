@@ -112,6 +112,10 @@ def train(
         list[str] | None,
         typer.Argument(help="Values to change, such as model.num_layers=4.", show_default=False),
     ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="In place of the recipe's parallel section, such as tp2pp2ep2+sp; dp is what is left."),
+    ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(help="Folder for checkpoints, metrics and plots. Default: runs/ and the recipe's name."),
@@ -126,8 +130,8 @@ def train(
     """Train a recipe. For several processes: deepspeed --num_gpus N --module megasparse train RECIPE."""
     from megasparse.config import load_recipe
 
-    resolved = load_recipe(recipe, overrides)
     _share_cores()
+    resolved = load_recipe(recipe, [*(overrides or []), *_layout_overrides(layout)])
     from megasparse.train import train as run
 
     run(resolved, run_dir or Path("runs") / resolved.name, resume, checkpoint)
@@ -184,6 +188,14 @@ def verify(
         write_atomic(json, report.to_json())
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _layout_overrides(layout: str | None) -> list[str]:
+    if layout is None:
+        return []
+    from megasparse.topology import Layout
+
+    return [f"parallel.{name}={str(value).lower()}" for name, value in Layout.parse(layout).parallel().items()]
 
 
 def _rank() -> int:

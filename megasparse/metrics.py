@@ -26,6 +26,7 @@ from rich.progress_bar import ProgressBar
 from megasparse import platform
 from megasparse.config import Model, Recipe, dump_recipe
 from megasparse.files import write_atomic, written_aside
+from megasparse.topology import Layout
 
 logger = logging.getLogger("megasparse")
 
@@ -247,7 +248,7 @@ class _Wandb:
         )
         run = wandb.init(
             project=recipe.logging.wandb_project,
-            name=recipe.name,
+            name=f"{recipe.name}-{layout_of(recipe)}",
             id=run_id,
             resume="allow" if mode == "online" else None,
             mode=mode,
@@ -393,12 +394,18 @@ def _smooth(values: list[float]) -> list[float]:
 
 def write_environment(run_dir: Path, recipe: Recipe) -> None:
     """Make the run folder describe itself: ``recipe.yaml``, fully resolved, and ``environment.json``, a list with the
-    command, versions, git commit and machine of each launch, the first run's and every resumption's."""
+    command, layout, versions, git commit and machine of each launch, the first run's and every resumption's."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "recipe.yaml", dump_recipe(recipe))
     path = run_dir / "environment.json"
     launches = json.loads(path.read_text()) if path.exists() else []
-    write_atomic(path, json.dumps([*launches, _environment()], indent=1) + "\n")
+    launch = {**_environment(), "layout": str(layout_of(recipe))}
+    write_atomic(path, json.dumps([*launches, launch], indent=1) + "\n")
+
+
+def layout_of(recipe: Recipe) -> Layout:
+    """Of this launch."""
+    return Layout.of(recipe.parallel, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _environment() -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Layout:
 
     @staticmethod
     def of(parallel: Parallel, world_size: int) -> Layout:
-        """The recipe's layout in a world of ``world_size``; ValueError if that cannot be split so."""
+        """The recipe's layout in a world of ``world_size``, data parallelism being what is left; 0 if nothing is."""
         layout = Layout(
             tp=parallel.tp,
             pp=parallel.pp,
@@ -102,12 +102,7 @@ class Layout:
             zero_stage=parallel.zero_stage,
             offload_optimizer=parallel.offload_optimizer,
         )
-        if world_size % layout.world_size:
-            raise ValueError(
-                f"{world_size} processes cannot be split into tp={layout.tp} x pp={layout.pp} x cp={layout.cp}: "
-                f"start a multiple of {layout.world_size} or change parallel"
-            )
-        return replace(layout, dp=world_size // layout.world_size)
+        return replace(layout, dp=0 if world_size % layout.world_size else world_size // layout.world_size)
 
     def parallel(self) -> dict[str, Any]:
         """The recipe's ``parallel`` section for this layout (data parallelism is what the world leaves)."""
@@ -140,14 +135,24 @@ def check_layout(recipe: Recipe, world_size: int) -> Layout:
     broken = next(_broken_rules(recipe, layout), None)
     if broken is None:
         return layout
-    possible = nearest_layouts(recipe, layout)
+    possible = nearest_layouts(recipe, layout, world_size)
     hint = f"the nearest possible: {', '.join(map(str, possible))}" if possible else "no layout of this recipe is"
     raise ValueError(f"layout {layout} on {world_size} processes: {broken} ({hint})")
 
 
-def nearest_layouts(recipe: Recipe, layout: Layout, count: int = 3) -> list[Layout]:
-    """Possible layouts of as many processes, those that change the sizes by the least factors first."""
-    world = layout.world_size
+def notes(recipe: Recipe) -> list[str]:
+    """What a user should know of a layout that is possible."""
+    model = recipe.model
+    found = [name for name in ("attention_dropout", "hidden_dropout") if getattr(model, name) > 0]
+    return [
+        f"model.{name}={getattr(model, name)}: dropout masks follow the ranks, as in Megatron: the run repeats itself "
+        "under any ep, ZeRO stage, offload and recompute, not with another tp, pp, cp or dp"
+        for name in found
+    ]
+
+
+def nearest_layouts(recipe: Recipe, layout: Layout, world: int, count: int = 3) -> list[Layout]:
+    """Possible layouts of ``world`` processes, those that change the sizes by the least factors first."""
     divisors = [n for n in range(1, world + 1) if world % n == 0]
     found = []
     for tp, pp, cp, ep in itertools.product(divisors, repeat=4):
@@ -173,6 +178,9 @@ def _broken_rules(recipe: Recipe, layout: Layout) -> Iterator[str]:
     model, moe, training, parallel = recipe.model, recipe.model.moe, recipe.training, recipe.parallel
     seq, stages = recipe.data.seq_length, layout.pp * layout.vp
     tp, cp, ep = layout.tp, layout.cp, layout.ep
+    if layout.dp == 0:
+        yield f"tp={tp} x pp={layout.pp} x cp={cp} do not divide them: start a multiple of {tp * layout.pp * cp}"
+        return
     for field, value in (
         ("num_attention_heads", model.num_attention_heads),
         ("num_query_groups", model.kv_heads),

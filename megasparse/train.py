@@ -186,6 +186,8 @@ def announce(log: MetricsLogger, recipe: Recipe, place: Topology, vocab_size: in
         f"{recipe.training.steps} steps of {recipe.tokens_per_step:,} tokens"
         + (f"; resumed from {checkpoint}" if checkpoint else "")
     )
+    for note in topology.notes(recipe):
+        log.say(note)
 
 
 def final_evaluation(engine: Engine, recipe: Recipe, place: Topology, log: MetricsLogger) -> dict[str, Any]:

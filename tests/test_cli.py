@@ -74,10 +74,23 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 def test_train(monkeypatch: pytest.MonkeyPatch, recipe: Path, trained: list[Any]):
     arguments = [recipe, "model.num_layers=4", "--run-dir", "runs/x", "optimizer.lr=0.5", "--resume"]
-    assert run(monkeypatch, "train", *arguments) == 0
-    ((resolved, run_dir, resume),) = trained
+    assert run(monkeypatch, "train", *arguments, "--checkpoint", "step_20") == 0
+    ((resolved, run_dir, resume, checkpoint),) = trained
     assert (resolved.model.num_layers, resolved.optimizer.lr) == (4, 0.5)
-    assert (run_dir, resume) == (Path("runs/x"), True)
+    assert (run_dir, resume, checkpoint) == (Path("runs/x"), True, "step_20")
+
+
+def test_train_in_a_layout(monkeypatch: pytest.MonkeyPatch, recipe: Path, trained: list[Any]):
+    """The notation stands for the recipe's whole parallel section."""
+    assert run(monkeypatch, "train", recipe, "parallel.vp=2", "--layout", "tp2pp2+sp+zero0") == 0
+    parallel = trained[0][0].parallel
+    assert (parallel.tp, parallel.pp, parallel.vp, parallel.sequence_parallel, parallel.zero_stage) == (
+        2,
+        2,
+        1,
+        True,
+        0,
+    )
 
 
 def test_train_defaults_under_the_launcher(monkeypatch: pytest.MonkeyPatch, recipe: Path, trained: list[Any]):
@@ -86,7 +99,7 @@ def test_train_defaults_under_the_launcher(monkeypatch: pytest.MonkeyPatch, reci
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert run(monkeypatch, "--local_rank=1", "train", recipe) == 0
-    assert trained[0][1:] == (Path("runs/tiny"), False)
+    assert trained[0][1:] == (Path("runs/tiny"), False, None)
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
@@ -103,6 +116,11 @@ def test_threads_that_the_user_chose_stay(monkeypatch: pytest.MonkeyPatch, recip
         (["train", "none.yaml"], "error: no recipe at none.yaml\n"),
         (["train", "{recipe}", "model.num_layer=1"], "error: {recipe}: model.num_layer: unknown key\n"),
         (["train", "{recipe}", "steps"], "error: override 'steps' is not of the form section.key=value\n"),
+        (
+            ["train", "{recipe}", "--layout", "xp2"],
+            "error: 'xp2' is not a layout: write it like tp2pp2ep2 or tp2+sp, from tp, pp, vp, cp, ep, dp\n",
+        ),
+        (["inspect", "none"], "error: none is not a whole checkpoint: it has no readable manifest.json\n"),
     ],
 )
 def test_errors_are_one_line(

@@ -210,7 +210,11 @@ def test_rules(text: str, changes: dict[str, Any], message: str | None) -> None:
 
 
 def test_a_world_that_cannot_be_split() -> None:
-    with pytest.raises(ValueError, match="3 processes cannot be split into tp=2 x pp=1 x cp=1"):
+    """The global batch of 8 is not for 3 replicas either."""
+    message = (
+        "layout tp2 on 3 processes: tp=2 x pp=1 x cp=1 do not divide them: start a multiple of 2 (the nearest possi"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_layout(four_layers(Layout(tp=2), {}), 3)
 
 
@@ -226,7 +230,7 @@ def test_a_world_that_cannot_be_split() -> None:
 def test_the_nearest_possible_layouts(text: str, changes: dict[str, Any], nearest: list[str]) -> None:
     layout = Layout.parse(text)
     recipe = four_layers(layout, changes)
-    found = nearest_layouts(recipe, layout)
+    found = nearest_layouts(recipe, layout, layout.world_size)
     assert found[0] == Layout.parse(nearest[0])
     for candidate in found:  # each of them passes the same check
         assert candidate.world_size == layout.world_size
@@ -339,3 +343,9 @@ def test_a_layout_of_another_world_is_refused_and_leaves_room_for_another() -> N
     topology.shutdown()
     assert str(topology.initialize()) == "single"
     topology.shutdown()
+
+
+def test_what_dropout_follows_is_said() -> None:
+    assert topology.notes(small.recipe()) == []
+    (note,) = topology.notes(small.recipe({"hidden_dropout": 0.1}))
+    assert "model.hidden_dropout=0.1: dropout masks follow the ranks" in note
