@@ -102,8 +102,10 @@ def worse(new: float, old: float) -> bool:
 def compare(layout: str, ranks: int, ours: Whole, reference: Whole) -> Comparison:
     result = Comparison(layout, ranks, margin=min(ours.margin, reference.margin))
     for key in reference.scalars[0]:
-        pairs = [(a[key], b[key]) for a, b in zip(ours.scalars, reference.scalars, strict=True)]
-        result.scalars[key] = worst_of([_relative(torch.tensor(a), torch.tensor(b)) for a, b in pairs])
+        pairs = torch.tensor(
+            [(a[key], b[key]) for a, b in zip(ours.scalars, reference.scalars, strict=True)], dtype=torch.float64
+        )
+        result.scalars[key] = worst_of([_relative(a, b) for a, b in pairs])
     assert ours.weights.keys() == reference.weights.keys(), "the layout has other parameters"
     for name, weight in reference.weights.items():
         group = result.groups.setdefault(group_of(name), Group())
