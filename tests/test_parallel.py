@@ -240,3 +240,30 @@ def test_dropout_follows_ranks_not_experts_or_optimizers() -> None:
     for ranks in others:
         for ours, theirs in zip(ranks, reference, strict=True):
             assert_close(ours["steps"], theirs["steps"], 1e-6)
+
+
+# Overflow -------------------------------------------------------------------------------------------------------------
+
+
+def scales(raw: dict[str, Any]) -> list[tuple[bool, float]]:
+    """(skipped, loss scale) of each step from a scale that is far too large."""
+    recipe = parse_recipe(raw)
+    place = small.start(recipe)
+    engine = Engine(recipe, place, *build_model(recipe, place, VOCAB))
+    results = [engine.train_step(small.batches(recipe, s, place.dp_rank, place.dp), s, 3e-3) for s in range(10)]
+    return [(result.skipped, result.loss_scale) for result in results]
+
+
+@pytest.mark.parametrize("layout", ["tp2pp2", "ep2", "cp2", "dp2+zero2", "dp2+offload"])
+def test_an_overflow_on_one_rank_is_skipped_by_all(layout: str) -> None:
+    training = {"precision": "fp16", "loss_scale": 2.0**24, "micro_batch_size": 1}
+    raw = small.recipe(moe={"layers": [0, 1]}, training=training).model_dump(mode="json")
+    (alone,) = run_distributed(scales, 1, raw)
+    assert alone[0][0], "the first step overflows"
+    assert not alone[-1][0], "a smaller scale is found"
+    parsed = Layout.parse(layout)
+    ranks = run_distributed(scales, parsed.world_size, {**raw, "parallel": parsed.parallel()})
+    assert all(rank == ranks[0] for rank in ranks)
+    assert ranks[0][0][0]
+    assert not ranks[0][-1][0]
+    assert [scale for _, scale in ranks[0]] == sorted((scale for _, scale in ranks[0]), reverse=True)
