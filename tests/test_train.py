@@ -200,7 +200,7 @@ def consumed(recipe: Path, overrides: list[str], run_dir: Path, resume: bool) ->
 
 
 def test_another_number_of_processes_goes_on_with_the_next_sample(tmp_path: Path, corpus: Path) -> None:
-    """1, then 4, then 2 processes: every sample once and in its step, the losses those of a run that was not stopped."""
+    """1, then 4, then 2 processes: every sample once and in its step, the losses those of a run never stopped."""
     recipe = write_recipe(tmp_path, corpus)
     steady = ["schedule.type=constant", "model.hidden_dropout=0", "optimizer.eps=1e-5"]
     (expected,) = run_distributed(consumed, 1, recipe, steady, tmp_path / "whole", False)

@@ -219,3 +219,18 @@ def test_rows_are_separate():
     assert batch.document_ids.tolist() == [[0, 0, 1, 1], [0, 0, 0, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 0, 1], [0, 1, 2, 0]]
     assert batch.token_index.tolist() == [[12, 13, 14, 15], [16, 17, 18, 19]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_context_parts_hold_every_position_once_and_cost_the_same(small_set: Path, size: int):
+    """Causal attention at position p costs p + 1: each rank has as many positions and as much of that as any other."""
+    whole = TrainingData(recipe(small_set, document_mask=True), seed=5).step(0, 2, 2, dp_rank=0, dp_size=1)[0]
+    parts = [whole.context_part(rank, size) for rank in range(size)]
+    assert len({len(part.position_ids[0]) for part in parts}) == 1
+    assert len({part.position_ids[0].sum().item() for part in parts}) == 1
+    for field in ("tokens", "labels", "loss_mask", "position_ids", "token_index"):
+        found = torch.empty_like(getattr(whole, field))
+        for part in parts:
+            found[:, part.position_ids[0]] = getattr(part, field)
+        assert torch.equal(found, getattr(whole, field)), field
+    assert all(torch.equal(part.document_ids, whole.document_ids) for part in parts), "keys of other parts are seen"

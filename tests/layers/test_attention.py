@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from megasparse.data.loader import zigzag
 from megasparse.layers.attention import CoreAttention, document_mask
 from megasparse.model import transformer_config
 from tests import small
@@ -128,3 +130,46 @@ def test_heads_of_other_tensor_parallel_ranks_are_dropped_elsewhere(sequence_par
     (first, after_first), (second, after_second) = run_distributed(dropped_attention, 2, sequence_parallel)
     assert not torch.equal(first, second)
     assert torch.equal(after_first, after_second), "what is drawn for whole activations stays alike"
+
+
+# Context parallelism --------------------------------------------------------------------------------------------------
+
+LENGTH = 24
+
+
+def attention_inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(LENGTH, 2, 4, 6), (LENGTH, 2, 2, 6), (LENGTH, 2, 2, 6), (LENGTH, 2, 24)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def on_a_part(documents: Tensor | None) -> list[Tensor]:
+    """Output and gradients of this rank's part of the sequence."""
+    recipe = small.recipe(parallel={"cp": int(os.environ["WORLD_SIZE"])})
+    place = small.start(recipe)
+    groups = SimpleNamespace(cp=place.cp_group)
+    config = transformer_config(recipe, place)
+    core = CoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=0.4, pg_collection=groups)
+    parts = [zigzag(x.transpose(0, 1), place.cp_rank, place.cp).transpose(0, 1) for x in attention_inputs()]
+    inputs = [part.clone().requires_grad_() for part in parts[:3]]
+    output = core(*inputs, documents)
+    output.backward(parts[3])
+    return [output.detach(), *(x.grad for x in inputs)]
+
+
+@pytest.mark.parametrize("documents", [None, torch.arange(LENGTH).expand(2, -1) // 7], ids=["causal", "documents"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_context_parallel_parts_equal_the_whole(size: int, documents: Tensor | None) -> None:
+    """Queries in two places of the sequence, keys and values of everywhere before them, in float64."""
+    exact = [x.requires_grad_() for x in attention_inputs()[:3]]
+    expected = naive(*exact, documents, 0.4)
+    expected.backward(attention_inputs()[3])
+    ranks = run_distributed(on_a_part, size, documents)
+    for i, whole in enumerate([expected.detach(), *(x.grad for x in exact)]):
+        found = torch.full_like(whole, torch.nan)
+        for rank, parts in enumerate(ranks):
+            first, second = parts[i].chunk(2)
+            n = len(first)
+            found[rank * n :][:n] = first
+            found[LENGTH - (rank + 1) * n :][:n] = second
+        assert_close(found, whole, 1e-12, f"tensor {i}")
