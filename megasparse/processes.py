@@ -126,12 +126,18 @@ def _call(ranks: list[_Rank], fn: Any, args: Any, environment: dict[str, str], t
             try:
                 succeeded, value = pickle.loads(rank.pipe.recv_bytes())
             except (EOFError, OSError):
-                rank.process.join()
-                raise RankError(f"rank {rank.number} died with exit code {rank.process.exitcode}") from None
+                raise RankError(_death(rank)) from None
             if not succeeded:
-                raise RankError(f"rank {rank.number} of {len(ranks)} failed\n{value}")
+                dead = next(iter(wait([other.process.sentinel for other in ranks], 0.1)), None)  # was that why?
+                cause = "".join(_death(other) + "; " for other in ranks if other.process.sentinel == dead)
+                raise RankError(f"{cause}rank {rank.number} of {len(ranks)} failed\n{value}")
             results[rank.number] = value
     return [results[rank.number] for rank in ranks]
+
+
+def _death(rank: _Rank) -> str:
+    rank.process.join()
+    return f"rank {rank.number} died with exit code {rank.process.exitcode}"
 
 
 # In the worker --------------------------------------------------------------------------------------------------------
