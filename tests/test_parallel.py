@@ -46,6 +46,8 @@ def train(raw: dict[str, Any], masked: bool) -> dict[str, Any]:
         steps.append(
             {"loss": result.loss, "norm": result.grad_norm, **result.aux_losses, "tokens": result.expert_tokens}
         )
+    nats, tokens = engine.evaluate(small.batches(recipe, STEPS, place.dp_rank, place.dp, masked))
+    steps.append({"evaluation": nats / tokens, "scored": tokens})
     weights = [
         (w.name, w.shape, [(o, part.float().clone()) for o, part in blocks(w, 0, w.tensor.detach().reshape(-1))])
         for w in local_weights(chunks, place)
