@@ -47,13 +47,13 @@ def train(raw: dict[str, Any], masked: bool) -> dict[str, Any]:
             {"loss": result.loss, "norm": result.grad_norm, **result.aux_losses, "tokens": result.expert_tokens}
         )
     nats, tokens = engine.evaluate(small.batches(recipe, STEPS, place.dp_rank, place.dp, masked))
-    steps.append({"evaluation": nats / tokens, "scored": tokens})
     weights = [
         (w.name, w.shape, [(o, part.float().clone()) for o, part in blocks(w, 0, w.tensor.detach().reshape(-1))])
         for w in local_weights(chunks, place)
     ]
     buffers = {name: buffer.clone() for name, buffer in local_buffers(chunks)}
-    return {"steps": steps, "weights": weights, "routes": routes, "buffers": buffers}
+    evaluation = {"loss": nats / tokens, "tokens": tokens}
+    return {"steps": steps, "evaluation": evaluation, "weights": weights, "routes": routes, "buffers": buffers}
 
 
 def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -100,6 +100,7 @@ def compare(recipe: Recipe, layout: str, masked: bool = False, **parallel: Any) 
     for rank in ranks:
         for step, (ours, reference) in enumerate(zip(rank["steps"], single["steps"], strict=True)):
             assert_close(ours, reference, 1e-6, f"step {step}")
+        assert_close(rank["evaluation"], single["evaluation"], 1e-6, "evaluation")
         for key, value in rank["buffers"].items():
             assert_close(value, single["buffers"][key], 1e-6, key)
     routes = {key: route for rank in ranks for key, route in rank["routes"].items()}
