@@ -2,7 +2,7 @@
 
 Gradients flow through megatron-core's schedule, not through DeepSpeed's forward and backward. When the last
 micro-batch is done, ``_finalize_gradients`` sums what each rank holds in part (tensor parallel norms and routers, the
-tied embedding of two pipeline stages) and lets DeepSpeed average over data parallelism. The norm is then taken over
+tied embedding of two pipeline stages) and lets DeepSpeed average over data and context parallelism. The norm is then taken over
 the whole model, exactly once per weight, and DeepSpeed's optimizer steps.
 """
 
@@ -93,9 +93,8 @@ class Engine:
             for weight in local_weights(chunks, topology)
             if topology.tp > 1 and getattr(weight.tensor, "sequence_parallel", False)
         ]
-        if (
-            recipe.parallel.zero_stage == 2
-        ):  # it reduces over data parallelism as backward goes: what is partial is summed before
+        if recipe.parallel.zero_stage == 2:
+            # It reduces over the replicas while backward runs: what is partial is summed as it appears.
             for parameter in self._partial:
                 parameter.register_hook(lambda gradient: self._sum_over_tensor_parallel([gradient])[0])
 
