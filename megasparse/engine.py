@@ -2,8 +2,8 @@
 
 Gradients flow through megatron-core's schedule, not through DeepSpeed's forward and backward. When the last
 micro-batch is done, ``_finalize_gradients`` sums what each rank holds in part (tensor parallel norms and routers, the
-tied embedding of two pipeline stages) and lets DeepSpeed average over data and context parallelism. The norm is then taken over
-the whole model, exactly once per weight, and DeepSpeed's optimizer steps.
+tied embedding of two pipeline stages) and lets DeepSpeed average over data and context parallelism. The norm is then
+taken over the whole model, exactly once per weight, and DeepSpeed's optimizer steps.
 """
 
 from __future__ import annotations
