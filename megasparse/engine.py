@@ -279,7 +279,9 @@ class Engine:
     def _fragment_gradient(self, parameter: Any) -> Tensor | None:
         link = parameter._hp_mapping
         group, there = link.param_group_index, link.hp_fragment_address
-        if not self._partitioned:  # DeepSpeed's bf16 optimizer keeps the whole local gradient
+        if not self._partitioned:  # DeepSpeed's bf16 optimizer keeps the whole local gradient, from the first one on
+            if not hasattr(parameter, "_hp_grad"):
+                return None
             return parameter._hp_grad.view(-1).narrow(0, link.lp_fragment_address.start, there.numel)
         if self.recipe.parallel.offload_optimizer:
             gradient = self.optimizer.single_partition_of_fp32_groups[group].grad

@@ -351,6 +351,12 @@ def initialize(layout: Layout | None = None, seed: int = 1234) -> Topology:
     )
 
 
+def background_group(timeout: timedelta) -> Group:
+    """A group of all ranks on gloo, for a thread beside training: no other may use it. Every rank calls this."""
+    group: Any = dist.new_group(backend="gloo", timeout=timeout)
+    return group
+
+
 def shutdown() -> None:
     """Forget every group but the world, so that :func:`initialize` can build another layout in this process.
 

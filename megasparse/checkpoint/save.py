@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from megasparse import topology
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.ranks import together
 from megasparse.checkpoint.state import SavePlanner, Sharded, numbers, random_state, tensors
@@ -28,7 +29,7 @@ class Saver:
 
     def __init__(self, engine: Engine, folder: Path, fingerprint: str) -> None:
         self.engine, self.folder, self.fingerprint = engine, folder, fingerprint
-        self._group: Any = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)  # its own: a thread may use it
+        self._group = topology.background_group(WRITE_TIMEOUT)
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megasparse import platform
-from megasparse.engine import Engine, bf16_optimizer
+from megasparse.engine import Engine
 from megasparse.model import blocks, local_buffers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -120,17 +120,13 @@ def _parameters(engine: Engine) -> Iterator[Tensor]:
 
 
 def _anticipate_first_step(engine: Engine) -> None:
-    """Make what AdamW and DeepSpeed's bf16 optimizer make in their first step, as they would."""
+    """Make what AdamW makes in its first step, as it would."""
     adam = _adam(engine)
     for parameter in _parameters(engine):
         if not adam.state[parameter]:
             adam.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for key in MOMENTS:
                 adam.state[parameter][key] = torch.zeros_like(parameter, requires_grad=False)
-    if bf16_optimizer(engine.recipe):
-        for group, gradients in zip(engine.optimizer.bf16_groups, engine.optimizer.fp32_groups_gradients, strict=True):
-            for parameter, gradient in zip(group, gradients, strict=True):
-                parameter._hp_grad = gradient
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
