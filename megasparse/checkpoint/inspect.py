@@ -54,7 +54,9 @@ def _files(reader: Reader, verified: bool) -> Table:
 
 
 def _tensors(reader: Reader) -> Table:
-    table = Table("tensor", "shape", "type", "pieces")
+    table = Table()
+    for column in ("tensor", "shape", "type", "pieces"):
+        table.add_column(column, overflow="fold")  # names in full
     for name, tensor in description(reader)["tensors"].items():
         shape = " x ".join(map(str, tensor["shape"]))
         table.add_row(name, shape, tensor["dtype"], str(tensor["pieces"]))
