@@ -26,47 +26,30 @@ class Whole:
     weights: dict[str, Tensor]
     routes: dict[tuple[int, int, int], tuple[int, ...]]
     margin: float
-    contradictions: list[str] = field(default_factory=list)  # what ranks should agree on and do not
 
 
 def assemble(ranks: list[Seen]) -> Whole:
-    """AssertionError if together they hold too little of a tensor."""
-    scalars = ranks[0].scalars
-    found = []
-    if any(repr(rank.scalars) != repr(scalars) for rank in ranks):  # as text: nan is not itself
-        found.append("ranks report different losses or norms")
+    """AssertionError if ranks disagree on a number that all report, or hold too little of a tensor."""
+    for rank in ranks[1:]:
+        assert rank.scalars == ranks[0].scalars, "ranks report different losses or norms"
+    steps = range(len(ranks[0].gradients))
     return Whole(
-        scalars=scalars,
-        gradients=[
-            _tensors([part for rank in ranks for part in rank.gradients[step]], "gradient", found, own["grad_norm"])
-            for step, own in enumerate(scalars)
-        ],
-        weights=_tensors([part for rank in ranks for part in rank.weights], "weight", found),
+        scalars=ranks[0].scalars,
+        gradients=[_tensors([part for rank in ranks for part in rank.gradients[step]]) for step in steps],
+        weights=_tensors([part for rank in ranks for part in rank.weights]),
         routes={key: route for rank in ranks for key, route in rank.routes.items()},
         margin=min(rank.margin for rank in ranks),
-        contradictions=found,
     )
 
 
-def _tensors(parts: Parts, kind: str, contradictions: list[str], norm: float = 0.0) -> dict[str, Tensor]:
-    """The whole tensors. Ranks that hold the same elements must agree on them, but for rounding below NOISE * norm."""
+def _tensors(parts: Parts) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
-    held: dict[str, Tensor] = {}
-    apart: dict[str, float] = {}
     for name, shape, offsets, part in parts:
-        tensor = whole.setdefault(name, torch.zeros(shape))
-        covered = held.setdefault(name, torch.zeros(shape, dtype=torch.bool))
-        place = tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))
-        again = (part - tensor[place])[covered[place]]
-        if again.numel():
-            apart[name] = max(apart.get(name, 0.0), again.abs().max().item())
-        tensor[place], covered[place] = part, True
-    missing = [name for name, covered in held.items() if not covered.all()]
-    assert not missing, f"no rank holds all of {missing}"
-    for name, difference in apart.items():
-        largest = max(whole[name].abs().max().item(), difference)
-        if difference > TOLERANCE * largest and largest >= NOISE * norm:
-            contradictions.append(f"ranks that hold the same {kind} of {name} differ by {difference / largest:.1e}")
+        if name not in whole:
+            whole[name] = torch.full(shape, torch.nan)
+        whole[name][tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))] = part
+    missing = [name for name, tensor in whole.items() if tensor.isnan().any()]
+    assert not missing, f"no rank holds all of {missing}, or it is not a number"
     return whole
 
 
@@ -96,19 +79,15 @@ class Comparison:
     margin: float = math.inf
     first: str = ""  # the first parameter that differs, in the order of steps and of the model
     diagnosis: str = ""
-    contradictions: list[str] = field(default_factory=list)  # what its ranks should agree on and do not
-    error: str = ""  # the layout did not run to the end: nothing was compared
 
     @property
     def worst(self) -> float:
-        if self.error:
-            return math.inf
         groups = self.groups.values()
         return worst_of([*self.scalars.values(), *(g.gradient for g in groups), *(g.weight for g in groups)])
 
     @property
     def passed(self) -> bool:
-        return self.worst <= TOLERANCE and not self.flipped and not self.contradictions
+        return self.worst <= TOLERANCE and not self.flipped
 
 
 def worst_of(values: list[float]) -> float:
@@ -121,7 +100,7 @@ def worse(new: float, old: float) -> bool:
 
 
 def compare(layout: str, ranks: int, ours: Whole, reference: Whole) -> Comparison:
-    result = Comparison(layout, ranks, margin=min(ours.margin, reference.margin), contradictions=ours.contradictions)
+    result = Comparison(layout, ranks, margin=min(ours.margin, reference.margin))
     for key in reference.scalars[0]:
         pairs = torch.tensor(
             [(a[key], b[key]) for a, b in zip(ours.scalars, reference.scalars, strict=True)], dtype=torch.float64
@@ -153,7 +132,7 @@ def _compare_gradients(result: Comparison, group: Group, name: str, ours: Whole,
     worst, judged = 0.0, False
     for step, (a, b) in enumerate(zip(ours.gradients, reference.gradients, strict=True)):
         difference = _relative(a[name], b[name])
-        if is_noise(a[name], b[name], reference.scalars[step]):
+        if is_noise(b[name], reference.scalars[step]["grad_norm"]):
             result.noise[name] = max(difference, result.noise.get(name, 0.0))
             continue
         judged = True
@@ -165,9 +144,8 @@ def _compare_gradients(result: Comparison, group: Group, name: str, ours: Whole,
     return worst if judged else None
 
 
-def is_noise(a: Tensor, b: Tensor, scalars: dict[str, float]) -> bool:
-    """Are a gradient and its reference both rounding, in a step of these ``scalars``?"""
-    return all(gradient.abs().max().item() < NOISE * scalars["grad_norm"] for gradient in (a, b))
+def is_noise(gradient: Tensor, norm: float) -> bool:
+    return gradient.abs().max().item() < NOISE * norm
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -196,7 +174,7 @@ def _first_to_differ(result: Comparison, ours: Whole, reference: Whole) -> str:
     for step, (a, b) in enumerate(zip(ours.gradients, reference.gradients, strict=True)):
         for name in b:
             difference = _relative(a[name], b[name])
-            if not difference <= TOLERANCE and not is_noise(a[name], b[name], reference.scalars[step]):
+            if not difference <= TOLERANCE and name not in result.noise:
                 return f"gradient of {name} in step {step + 1}: {difference:.1e}"
     for name, (_, difference) in result.tensors.items():
         if not difference <= TOLERANCE:
@@ -206,8 +184,9 @@ def _first_to_differ(result: Comparison, ours: Whole, reference: Whole) -> str:
 
 def _measure_factors(result: Comparison, ours: Whole, reference: Whole) -> None:
     for kind, group in result.groups.items():
-        names = [name for name in reference.gradients[0] if group_of(name) == kind]
-        a, b = (torch.cat([run.gradients[0][name].flatten().double() for name in names]) for run in (ours, reference))
+        names = [name for name in reference.gradients[0] if group_of(name) == kind and name not in result.noise]
+        a = torch.cat([ours.gradients[0][name].flatten().double() for name in names] or [torch.zeros(1)])
+        b = torch.cat([reference.gradients[0][name].flatten().double() for name in names] or [torch.zeros(1)])
         square = b.square().sum().item()
         group.factor = (a * b).sum().item() / square if square else 1.0
 
@@ -228,8 +207,6 @@ def diagnose(result: Comparison, ours: Whole, reference: Whole) -> str:
     if not off:
         if abs(a["grad_norm"] - b["grad_norm"]) > TOLERANCE * b["grad_norm"]:
             return _diagnose_norm(a["grad_norm"], reference)
-        if result.contradictions:
-            return result.contradictions[0]
         if result.flipped:
             return f"{len(result.flipped)} tokens took another route, the least margin is {result.margin:.1e}"
         return "gradients of the first step agree: the optimizer's step or what follows it differs"

@@ -40,7 +40,7 @@ def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
 
 def _shrink_attention(model: dict[str, Any], recipe: Recipe, tp: int) -> None:
     queries_per_key = recipe.model.num_attention_heads // recipe.model.kv_heads
-    keys = _at_most(recipe.model.kv_heads, 2 * tp, tp)  # several on a rank
+    keys = _at_most(recipe.model.kv_heads, max(2, tp), tp)
     heads, head_dim = keys * queries_per_key, min(recipe.model.head_size, HEAD_DIM)
     if recipe.model.hidden_size <= WIDTH:
         return
