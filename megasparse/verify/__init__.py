@@ -51,7 +51,8 @@ def verify(recipe: Recipe, layouts: list[Layout], steps: int, run: Run) -> Repor
     """Train in one process and in every layout, ``run`` being ``Workers.run``, and compare.
 
     Layouts have the same micro-batches and global batch: what data parallelism shares, one process accumulates.
-    Raises ValueError for a layout that is impossible, before anything runs.
+    Raises ValueError for a layout that is impossible for the shrunk recipe, before anything runs; AssertionError where
+    a run is not a number or ranks report different scalars. Of what several ranks hold, the last one's is compared.
     """
     small, changes = shrink(recipe, layouts)
     recipes = [_in_layout(small, layout) for layout in layouts]

@@ -29,7 +29,8 @@ class Whole:
 
 
 def assemble(ranks: list[Seen]) -> Whole:
-    """AssertionError if ranks disagree on a number that all report, or hold too little of a tensor."""
+    """AssertionError if ranks disagree on a number that all report, or hold too little of a tensor. Where several hold
+    the same element, the last one's counts: they are not compared with each other."""
     for rank in ranks[1:]:
         assert rank.scalars == ranks[0].scalars, "ranks report different losses or norms"
     steps = range(len(ranks[0].gradients))
