@@ -177,10 +177,10 @@ def verify(
     from megasparse.files import write_atomic
     from megasparse.processes import Workers
     from megasparse.topology import Layout
-    from megasparse.verify import possible_layouts, show
+    from megasparse.verify import show
     from megasparse.verify import verify as run
 
-    chosen = [Layout.parse(text) for text in layouts.split(",")] if layouts else possible_layouts(resolved)
+    chosen = None if layouts is None else [Layout.parse(text) for text in layouts.split(",")]
     with Workers() as workers:
         report = run(resolved, chosen, steps, workers.run)
     show(report, Console())

@@ -57,13 +57,15 @@ def train(raw: dict[str, Any], masked: bool) -> dict[str, Any]:
 
 
 def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The full weights from every rank's parts."""
+    """The full weights from every rank's parts. Ranks that hold the same elements hold the same bits."""
     full: dict[str, Tensor] = {}
     for rank in ranks:
         for name, shape, parts in rank["weights"]:
             tensor = full.setdefault(name, torch.full(shape, torch.nan))
             for offsets, part in parts:
-                tensor[tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))] = part
+                place = tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))
+                assert ((tensor[place] == part) | tensor[place].isnan()).all(), f"replicas of {name} differ"
+                tensor[place] = part
     return full
 
 

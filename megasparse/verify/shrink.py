@@ -10,6 +10,8 @@ from megasparse.topology import Layout
 
 HEAD_DIM, WIDTH, EXPERT_WIDTH, EXPERTS, LAYERS, VOCAB, SEQUENCE, MICRO_BATCH = 16, 96, 48, 8, 4, 251, 32, 2
 EPS = 1e-3
+LOSS_SCALE = 1024.0
+UNEVEN = 2.0  # the embedding as so many layers: stages of 1 and 3 in place of 2 and 2
 
 
 def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
@@ -25,22 +27,26 @@ def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
     cp = math.lcm(*(layout.cp for layout in layouts))
     stages = max(layout.pp * layout.vp for layout in layouts)
     _shrink_attention(raw["model"], recipe, tp)
-    _shrink_layers(raw["model"], recipe, stages)
+    _shrink_layers(raw["model"], recipe, stages + (recipe.parallel.layers_per_stage is not None))
     if recipe.model.moe is not None:
         _shrink_experts(raw["model"]["moe"], math.lcm(*(layout.ep for layout in layouts)), tp)
     _shrink_text(raw, recipe, layouts, tp, cp)
     raw["model"].update(attention_dropout=0.0, hidden_dropout=0.0)
     raw["schedule"] = {"type": "constant"}
     raw["optimizer"]["eps"] = max(recipe.optimizer.eps, EPS)
+    if recipe.training.precision == "fp16":
+        raw["training"]["loss_scale"] = min(recipe.training.loss_scale, LOSS_SCALE)
     raw["training"]["precision"] = "fp32"
     raw["training"]["steps"] = 1_000_000
-    raw["parallel"]["layers_per_stage"] = None
+    if recipe.parallel.layers_per_stage is not None:  # of other stages than the layouts'
+        uneven = len(set(recipe.parallel.layers_per_stage)) > 1
+        raw["parallel"].update(layers_per_stage=None, embedding_weight=UNEVEN if uneven else 0.0)
     return parse_recipe(raw), _changes(before, raw)
 
 
 def _shrink_attention(model: dict[str, Any], recipe: Recipe, tp: int) -> None:
     queries_per_key = recipe.model.num_attention_heads // recipe.model.kv_heads
-    keys = _at_most(recipe.model.kv_heads, max(2, tp), tp)
+    keys = _at_most(recipe.model.kv_heads, 2 * tp, tp)  # several on a rank
     heads, head_dim = keys * queries_per_key, min(recipe.model.head_size, HEAD_DIM)
     if recipe.model.hidden_size <= WIDTH:
         return
@@ -112,9 +118,12 @@ REASONS = {
     "model.attention_dropout": "its masks follow the ranks",
     "model.hidden_dropout": "its masks follow the ranks",
     "optimizer.eps": "AdamW divides a gradient by its own size: where that is rounding, a small eps makes it an update",
-    "training.precision": "rounding would hide what is looked for",
+    "training.precision": "where rounding hides nothing; in the recipe's own after that",
+    "training.loss_scale": "a step that overflows is skipped",
+    "parallel.layers_per_stage": "layouts have other numbers of stages",
+    "parallel.embedding_weight": "they are uneven by this",
 }
-SILENT = ("training.steps", "schedule", "parallel")  # of no consequence here
+SILENT = ("training.steps", "schedule")  # of no consequence here
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:

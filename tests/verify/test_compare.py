@@ -70,6 +70,10 @@ def test_noise_is_not_judged_but_a_large_gradient_is() -> None:
     result = compare("tp2", 2, ours, run())
     assert result.passed
     assert result.noise[name] == pytest.approx(4.0)
+    ours.gradients[1][name] += 1e-2
+    result = compare("tp2", 2, ours, run())
+    assert not result.passed
+    assert result.first.startswith(f"gradient of {name} in step 2")
 
 
 def test_a_flipped_route_fails() -> None:
@@ -140,7 +144,26 @@ def test_parts_become_whole() -> None:
     assert torch.equal(whole.gradients[0]["w"], whole.weights["w"])
     assert whole.routes == {(0, 0, 0): (1,), (0, 0, 2): (1,)}
     assert whole.margin == 0.0
+    assert whole.contradictions == []
     with pytest.raises(AssertionError, match="no rank holds all of"):
         assemble([rank(slice(0, 3))])
-    with pytest.raises(AssertionError, match="ranks report different losses"):
-        assemble([rank(slice(0, 3)), rank(slice(2, 4), loss=2.0)])
+    assert assemble([rank(slice(0, 3)), rank(slice(2, 4), loss=2.0)]).contradictions == [
+        "ranks report different losses or norms"
+    ]
+
+
+@pytest.mark.parametrize("wrong", [0, 1], ids=["first", "last"])
+def test_ranks_that_hold_the_same_must_agree(wrong: int) -> None:
+    """Whichever of two replicas has drifted, and though the other equals the reference."""
+
+    def rank(number: int) -> Seen:
+        factor = 1.5 if number == wrong else 1.0
+        parts = [[(n, tuple(t.shape), (0,) * t.dim(), t) for n, t in step.items()] for step in run().gradients]
+        weights = [(n, tuple(w.shape), (0,) * w.dim(), w * factor) for n, w in run().weights.items()]
+        return Seen(run().scalars, parts, weights, run().routes, 0.01)
+
+    result = compare("dp2", 2, assemble([rank(0), rank(1)]), run())
+    assert not result.passed
+    assert len(result.contradictions) == len(NAMES)
+    assert "ranks that hold the same weight of embedding.word_embeddings.weight differ" in result.contradictions[0]
+    assert result.diagnosis == result.contradictions[0]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megasparse.config import Recipe, parse_recipe
-from megasparse.topology import Layout, check_layout
+from megasparse.topology import Layout, check_layout, stage_layers
 from megasparse.verify import possible_layouts
 from megasparse.verify.shrink import default_layouts, shrink
 from tests import small
@@ -88,8 +88,8 @@ GPT2 = recipe_of(
 
 @pytest.mark.parametrize("recipe", [QWEN3_MOE, DEEPSEEK_LIKE, GPT2], ids=["qwen3-moe", "deepseek-like", "gpt2"])
 def test_a_large_recipe_becomes_small_and_keeps_its_structure(recipe: Recipe) -> None:
-    layouts = possible_layouts(recipe)
-    assert len(layouts) >= 4
+    layouts, _ = possible_layouts(recipe)
+    assert len(layouts) >= 3
     made, changes = shrink(recipe, layouts)
     for layout in layouts:
         raw = made.model_dump(mode="json")
@@ -117,8 +117,18 @@ def test_a_large_recipe_becomes_small_and_keeps_its_structure(recipe: Recipe) ->
     assert made.training.precision == "fp32"
     assert after.hidden_dropout == 0
     assert any(line.startswith("model.hidden_size: ") for line in changes)
-    assert any("training.precision: bf16 -> fp32 (rounding" in line for line in changes)
+    assert any("training.precision: bf16 -> fp32 (where" in line for line in changes)
     assert any("optimizer.eps: 1e-08 -> 0.001 (AdamW" in line for line in changes)
+
+
+def test_uneven_stages_stay_uneven() -> None:
+    made, changes = shrink(GPT2, [Layout.parse("pp2"), Layout.parse("pp2vp2")])
+    raw = made.model_dump(mode="json")
+    for layout, layers in (("pp2", [2, 3]), ("pp2vp2", [1, 2, 1, 1])):
+        raw["parallel"].update(Layout.parse(layout).parallel())
+        recipe = parse_recipe(raw)
+        assert stage_layers(recipe.parallel, recipe.model.num_layers) == layers
+    assert any(line.startswith("parallel.layers_per_stage: [20, 28] -> None (") for line in changes)
 
 
 def test_a_small_recipe_stays() -> None:
@@ -153,4 +163,14 @@ def test_default_layouts(parallel: dict[str, Any], expected: str) -> None:
 
 
 def test_a_dense_recipe_has_no_expert_layouts() -> None:
-    assert [str(layout) for layout in possible_layouts(small.recipe())] == ["dp2", "tp2+sp", "pp2", "cp2"]
+    layouts, left_out = possible_layouts(small.recipe())
+    assert [str(layout) for layout in layouts] == ["dp2", "tp2+sp", "pp2", "cp2"]
+    assert left_out == []
+
+
+def test_a_default_layout_that_cannot_be_is_said_not_dropped() -> None:
+    """The rules are those of the recipe, not of what it is shrunk to, whose 2 heads tp=2 would divide."""
+    layouts, left_out = possible_layouts(GPT2)
+    assert [str(layout) for layout in layouts] == ["pp2", "dp2", "cp2"]
+    (reason,) = left_out
+    assert reason.startswith("layout tp2+sp on 2 processes: model.num_attention_heads=25 is not divisible by tp=2")
