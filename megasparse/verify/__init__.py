@@ -137,7 +137,7 @@ def show(report: Report, console: Console) -> None:
     """The report as tables: scalars and verdicts by layout, then gradients and weights by group."""
 
     def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, markup=False, highlight=False)
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     for line in report.changes:
         say(f"  {line}")
