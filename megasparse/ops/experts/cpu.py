@@ -2,9 +2,7 @@
 
 Three things make it fast.
 
-- float32 matmuls go to oneDNN, not to the BLAS: MKL takes its AVX2 path on AMD processors, where oneDNN's AVX-512
-  kernels reach twice its speed (440 against 210 GFLOP/s on two Zen 5 cores), at the same precision. torch offers
-  oneDNN for dense float32 only through the operator that Inductor emits, which cannot write into a given tensor.
+- Matmuls go to oneDNN (ops/matmul.py).
 - oneDNN compiles a kernel for every new shape (about 0.5 ms, as long as the matmul itself), and the rows of an expert
   differ at every step. So rows are rounded up to one of 16 sizes an octave: an expert's window reaches over the next
   expert's rows, whose results are overwritten, or are set to zero where rows are summed over (weight gradients).
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ONEDNN = torch.backends.mkldnn.is_available()  # x86 and Arm Linux builds of torch
+from megasparse.ops.matmul import ONEDNN, matmul, round_up
 
 
 def grouped_swiglu(x: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
@@ -38,7 +36,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         gates, ups, downs = w1.unbind(), w3.unbind(), w2.unbind()
         for expert, start, _, size in windows:
             rows = _rows(x, start, size)
-            gate, up = _mm(rows, gates[expert].t()), _mm(rows, ups[expert].t())
+            gate, up = matmul(rows, gates[expert].t()), matmul(rows, ups[expert].t())
             saved += [gate, up]
             _mm_into(y[start : start + size], F.silu(gate).mul_(up), downs[expert].t())
         ctx.windows = windows
@@ -55,7 +53,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         _zero_idle(ctx.windows, dw1, dw2, dw3)
         for (expert, start, count, size), gate, up in zip(ctx.windows, saved[::2], saved[1::2], strict=True):
             rows, dy_rows = _rows(x, start, size), _rows(dy, start, size)
-            dup, dgate, silu = _mm(dy_rows, w2[expert]), torch.empty_like(gate), F.silu(gate)
+            dup, dgate, silu = matmul(dy_rows, w2[expert]), torch.empty_like(gate), F.silu(gate)
             torch.ops.aten.silu_backward.grad_input(dup * up, gate, grad_input=dgate)
             dup.mul_(silu)
             _mm_into(dx[start : start + size], dgate, w1[expert], dup, w3[expert])
@@ -78,12 +76,6 @@ def _windows(counts: Tensor, dtype: torch.dtype) -> list[tuple[int, int, int, in
         for expert, (start, count) in enumerate(zip(starts, sizes, strict=False))
         if count
     ]
-
-
-def round_up(count: int) -> int:
-    """The least of 8, 16, 24, ..., 256, 272, 288, ..., 512, 544, ... that is not below ``count``."""
-    step = 1 << max(3, (count - 1).bit_length() - 5)
-    return -(-count // step) * step
 
 
 def _rows(tensor: Tensor, start: int, size: int) -> Tensor:
@@ -109,19 +101,13 @@ def _zero_idle(windows: list[tuple[int, int, int, int]], *gradients: Tensor) -> 
                 gradient[expert].zero_()
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    if ONEDNN and a.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-    return torch.mm(a, b)
-
-
 def _mm_into(out: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None, d: Tensor | None = None) -> None:
     """out = a b, or a b + c d."""
     if ONEDNN and a.dtype == torch.float32:
         if c is None or d is None:
-            out.copy_(_mm(a, b))
+            out.copy_(matmul(a, b))
         else:
-            torch.add(_mm(a, b), _mm(c, d), out=out)
+            torch.add(matmul(a, b), matmul(c, d), out=out)
         return
     torch.mm(a, b, out=out)
     if c is not None and d is not None:
