@@ -1,0 +1,171 @@
+"""Which key blocks a query sees: rules that need no weights. Each gives a BlockMask.
+
+A list may depend on tokens up to its (first) query only: a query's own block is always on, and scores are of whole
+blocks before it, computed from queries that are not later than the first of the list. ``Grid`` holds the sizes. With
+query_block_size=1 a query scores blocks itself; with blocks of queries the mean query of the block before does.
+
+local      a window and the first blocks (StreamingLLM, arXiv 2309.17453)
+strided    a window and every n-th block, shifted by head (S2-Attention, arXiv 2407.17678)
+pooled     largest product of query and mean key (MoBA, arXiv 2502.13189), one list a group (InfLLM-V2, 2509.24663)
+clusters   most keys of the query's cluster (Routing Transformer, arXiv 2003.05997)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megasparse.ops.block_sparse import BlockMask
+
+CHUNK = 2**22  # scores in memory at once
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of blocks, and the blocks that are always on."""
+
+    block_size: int
+    query_block_size: int
+    local_blocks: int = 1  # the own block and those right before it
+    sink_blocks: int = 1  # the first blocks of the sequence
+
+    def own(self, queries: int, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """The first and last key block that each query block reaches into, [q_blocks] each. ``offset``: position of the
+        first query."""
+        first = torch.arange(math.ceil(queries / self.query_block_size)) * self.query_block_size + offset
+        last = (first + self.query_block_size).clamp(max=queries + offset) - 1
+        return first // self.block_size, last // self.block_size
+
+    def always(self, first: Tensor, last: Tensor, blocks: Tensor) -> Tensor:
+        """bool [q_blocks, k_blocks]: the own, local and first ones."""
+        first, last = first.unsqueeze(1), last.unsqueeze(1)
+        return (blocks <= last) & ((blocks > first - self.local_blocks) | (blocks < self.sink_blocks))
+
+
+def local(grid: Grid, batch: int, kv_heads: int, seq: int) -> BlockMask:
+    """The always-on blocks alone."""
+    first, last = grid.own(seq)
+    near = first.unsqueeze(1) - torch.arange(grid.local_blocks - 1, int((first - last).min()) - 1, -1)
+    sinks = torch.arange(grid.sink_blocks).expand(len(first), -1)
+    index = torch.cat([sinks, near], 1)
+    keep = (index <= last.unsqueeze(1)) & (index >= 0)
+    keep[:, grid.sink_blocks :] &= near >= grid.sink_blocks
+    index, keep = (x.expand(batch, kv_heads, -1, -1) for x in (index, keep))
+    return BlockMask.from_index(index, keep, math.ceil(seq / grid.block_size), grid.block_size, grid.query_block_size)
+
+
+def strided(grid: Grid, batch: int, kv_heads: int, seq: int, stride: int, heads: slice | None = None) -> BlockMask:
+    """Besides the always-on ones every block j with (j + head * step) % stride == 0, step = max(1, stride // heads).
+
+    ``heads``: the numbers, of all ``kv_heads`` of the layer, of this rank's heads; None: all.
+    """
+    first, last = grid.own(seq)
+    blocks = torch.arange(math.ceil(seq / grid.block_size))
+    step = max(1, stride // kv_heads)
+    shifted = blocks + torch.arange(kv_heads)[heads or slice(None)].unsqueeze(1) * step
+    dense = grid.always(first, last, blocks) | (
+        (shifted % stride == 0).unsqueeze(1) & (blocks <= last.unsqueeze(1)).unsqueeze(0)
+    )
+    dense = dense.expand(batch, -1, -1, -1)
+    return BlockMask.from_dense(dense, grid.block_size, grid.query_block_size)
+
+
+def pooled(grid: Grid, q: Tensor, k: Tensor, budget: int, mass: float | None = None) -> BlockMask:
+    """score(t, j) = sum over the group's heads of <q_t, mean of block j's keys>.
+
+    q [batch, seq, heads, head_dim], k [batch, keys, kv_heads, head_dim]; see ``choose`` for budget and mass.
+    """
+    queries, means = grouped_queries(grid, q, k.shape[2]), mean_by_block(k, grid.block_size)
+    scale = 1 / math.sqrt(q.shape[-1])
+
+    def score(part: slice) -> Tensor:
+        return torch.einsum("bhqd,bhkd->bhqk", queries[:, :, part], means) * scale
+
+    return choose(grid, score, k.shape[1] - q.shape[1], q.shape[1], k.shape, budget, mass)
+
+
+def clusters(grid: Grid, q: Tensor, k: Tensor, centroids: Tensor, budget: int) -> BlockMask:
+    """score(t, j) = keys of block j whose nearest centroid is the query's. centroids: [kv_heads, clusters, head_dim] of
+    length 1, nearest in angle."""
+    queries = grouped_queries(grid, q, k.shape[2])
+    assigned = _nearest(k.transpose(1, 2), centroids)  # [batch, kv_heads, keys]
+    members = F.one_hot(assigned, centroids.shape[1]).float().transpose(1, 2)
+    counts = mean_by_block(members, grid.block_size)
+    wanted = _nearest(queries, centroids)
+
+    def score(part: slice) -> Tensor:
+        chosen = F.one_hot(wanted[:, :, part], centroids.shape[1]).float()
+        return torch.einsum("bhqc,bhkc->bhqk", chosen, counts)
+
+    return choose(grid, score, k.shape[1] - q.shape[1], q.shape[1], k.shape, budget)
+
+
+def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """x [batch, kv_heads, n, head_dim] -> int64 [batch, kv_heads, n]"""
+    return torch.einsum("bhnd,hcd->bhnc", x.float(), centroids).argmax(-1)
+
+
+@torch.no_grad()
+def grouped_queries(grid: Grid, q: Tensor, kv_heads: int) -> Tensor:
+    """Who scores for each query block: [batch, seq, heads, head_dim] -> float32 [batch, kv_heads, q_blocks, head_dim].
+
+    The sum over the group's heads: of the query itself, or of the mean query of the block before; zeros for the first.
+    """
+    summed = q.float().unflatten(2, (kv_heads, -1)).sum(3)
+    if grid.query_block_size == 1:
+        return summed.transpose(1, 2)
+    means = mean_by_block(summed, grid.query_block_size)
+    return F.pad(means, (0, 0, 1, 0))[:, :, :-1]
+
+
+@torch.no_grad()
+def mean_by_block(x: Tensor, size: int) -> Tensor:
+    """[batch, seq, heads, dim] -> float32 [batch, heads, blocks, dim]; the last block's mean is of what there is."""
+    seq = x.shape[1]
+    x = F.pad(x.float(), (0, 0, 0, 0, 0, -seq % size)).unflatten(1, (-1, size)).sum(2)
+    counts = torch.full((x.shape[1],), float(size), device=x.device)
+    counts[-1] -= -seq % size
+    return (x / counts.view(-1, 1, 1)).transpose(1, 2)
+
+
+@torch.no_grad()
+def choose(
+    grid: Grid,
+    score: Callable[[slice], Tensor],
+    offset: int,
+    queries: int,
+    keys: torch.Size,
+    budget: int,
+    mass: float | None = None,
+) -> BlockMask:
+    """The always-on blocks and the best others, ``budget`` in all; the earlier block wins a tie.
+
+    score(part): float [batch, kv_heads, len(part), k_blocks] of some query blocks; those of blocks that a query reaches
+    into or that come later are not read. mass: of the others only the fewest whose softmax adds up to it (FlexPrefill's
+    cumulative budget, arXiv 2502.20766), within the budget. keys: the shape of k.
+    """
+    batch, seq, kv_heads, _ = keys
+    first, last = grid.own(queries, offset)
+    blocks = torch.arange(math.ceil(seq / grid.block_size))
+    width, step = min(budget, len(blocks)), max(1, CHUNK // (batch * kv_heads * len(blocks)))
+    indices, keeps = [], []
+    for start in range(0, len(first), step):
+        part = slice(start, start + step)
+        always = grid.always(first[part], last[part], blocks)
+        others = (blocks < first[part].unsqueeze(1)) & ~always
+        scores = score(part).masked_fill(~others, -torch.inf)
+        best = torch.sort(scores.masked_fill(always, torch.inf), dim=-1, descending=True, stable=True)
+        index, keep = best.indices[..., :width], best.values[..., :width] > -torch.inf
+        if mass is not None:
+            weights = scores.softmax(-1).nan_to_num().gather(-1, index)  # of the always-on ones zero
+            keep &= weights.cumsum(-1) - weights < mass
+        indices.append(index)
+        keeps.append(keep)
+    return BlockMask.from_index(
+        torch.cat(indices, 2), torch.cat(keeps, 2), len(blocks), grid.block_size, grid.query_block_size
+    )
