@@ -7,6 +7,7 @@ Megatron-LM where it has the same number, else those of the paper named beside t
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,6 +106,38 @@ class MoE(Section):
         return self
 
 
+class SparseAttention(Section):
+    """Block-sparse attention: each query, or block of queries, sees some blocks of keys (layers/selectors.py)."""
+
+    selector: Literal["local", "strided", "pooled"]
+    block_size: PositiveInt = 64  # keys of a block
+    query_block_size: PositiveInt = 1  # queries that share a list; 1: each has its own
+    blocks: PositiveInt | None = None  # pooled: that a query sees in all
+    mass: Annotated[float, Field(gt=0, le=1)] | None = None
+    """pooled: no more of the chosen blocks than have this share of the softmax over scores; None: all."""
+    stride: PositiveInt = 8  # strided: every so many blocks, shifted by head
+    local_blocks: PositiveInt = 2  # always seen: the own one and those right before it
+    sink_blocks: int = Field(default=1, ge=0)  # always seen: the first of the sequence
+    layers: Literal["all"] | list[Literal[0, 1]] = "all"  # one flag per layer; the others are dense
+
+    @model_validator(mode="after")
+    def _check(self) -> SparseAttention:
+        if (self.selector == "pooled") != (self.blocks is not None):
+            raise ValueError(
+                f"blocks={self.blocks} with selector={self.selector}: set blocks, how many a query sees in all, for "
+                "pooled alone"
+            )
+        if self.mass is not None and self.selector != "pooled":
+            raise ValueError(f"mass={self.mass} needs selector=pooled, not {self.selector}")
+        always = self.sink_blocks + self.local_blocks + max(0, math.ceil(self.query_block_size / self.block_size) - 1)
+        if self.blocks is not None and self.blocks <= always:
+            raise ValueError(
+                f"blocks={self.blocks} leaves none to choose: {always} are always seen (sink_blocks={self.sink_blocks}"
+                f", local_blocks={self.local_blocks}, query_block_size={self.query_block_size})"
+            )
+        return self
+
+
 class Model(Section):
     """The transformer: enough to say GPT-2, Llama, Qwen2/3, OLMo2, Mixtral and OLMoE."""
 
@@ -129,6 +162,7 @@ class Model(Section):
     hidden_dropout: Fraction = 0.0
     init_std: PositiveFloat = 0.02  # output projections: divided by sqrt(2 * num_layers) (GPT-2)
     moe: MoE | None = None
+    sparse_attention: SparseAttention | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -153,6 +187,15 @@ class Model(Section):
             return [(i + 1) % self.moe.layers == 0 for i in range(self.num_layers)]
         return [bool(flag) for flag in self.moe.layers]
 
+    @property
+    def sparse_layers(self) -> list[bool]:
+        """One flag per layer: is its attention block-sparse?"""
+        if self.sparse_attention is None:
+            return [False] * self.num_layers
+        if self.sparse_attention.layers == "all":
+            return [True] * self.num_layers
+        return [bool(flag) for flag in self.sparse_attention.layers]
+
     @model_validator(mode="after")
     def _check(self) -> Model:
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -168,6 +211,13 @@ class Model(Section):
             raise ValueError(f"head_dim={self.head_size} is odd: rotary embedding needs pairs")
         if self.qk_norm != "none" and self.normalization != "RMSNorm":
             raise ValueError(f"qk_norm={self.qk_norm} needs normalization=RMSNorm")
+        if self.sparse_attention is not None:
+            if len(self.sparse_layers) != self.num_layers:
+                raise ValueError(
+                    f"sparse_attention.layers has {len(self.sparse_layers)} flags for num_layers={self.num_layers}"
+                )
+            if self.attention_dropout > 0:
+                raise ValueError(f"attention_dropout={self.attention_dropout} is not possible with sparse_attention")
         if self.moe is not None:
             if isinstance(self.moe.layers, list) and len(self.moe.layers) != self.num_layers:
                 raise ValueError(f"moe.layers has {len(self.moe.layers)} flags for num_layers={self.num_layers}")

@@ -28,6 +28,7 @@ from torch import Tensor
 from megasparse import platform
 from megasparse.config import Model, Recipe
 from megasparse.layers.attention import CoreAttention, PostNormSelfAttention
+from megasparse.layers.block_sparse import BlockSparseAttention
 from megasparse.layers.moe import MoELayer, PostNormMLP, PostNormMoELayer
 from megasparse.layers.norms import FullWidthRMSNorm, HeadRMSNorm, LayerNorm, RMSNorm
 from megasparse.layers.rope import attention_factor, inverse_frequencies
@@ -188,7 +189,7 @@ def layer_spec(model: Model, index: int, topology: Topology, state: RouterState)
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=CoreAttention,
+            core_attention=_core_attention(model, index, topology),
             linear_proj=RowParallelLinear,
             q_layernorm=_qk_norm(model, model.num_attention_heads),
             k_layernorm=_qk_norm(model, model.kv_heads),
@@ -216,6 +217,13 @@ def layer_spec(model: Model, index: int, topology: Topology, state: RouterState)
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _core_attention(model: Model, index: int, topology: Topology) -> Any:
+    if not model.sparse_layers[index]:
+        return CoreAttention
+    params = {"sparse": model.sparse_attention, "tp_rank": topology.tp_rank, "kv_heads": model.kv_heads}
+    return ModuleSpec(module=BlockSparseAttention, params=params)
 
 
 def _qk_norm(model: Model, heads: int) -> Any:

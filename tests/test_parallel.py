@@ -184,6 +184,35 @@ def test_gpt2(layout: str) -> None:
     compare(GPT2, layout, masked=True)
 
 
+POOLED = {"selector": "pooled", "block_size": 4, "blocks": 4}
+SPARSE = {
+    "pooled": small.recipe(
+        {"num_layers": 4, "sparse_attention": {**POOLED, "layers": [1, 1, 0, 1]}},
+        {**MOE, "layers": [0, 1, 1, 1]},
+        {"recompute": "full"},
+        data={"document_mask": True},
+    ),
+    "pooled by query blocks": small.recipe({"sparse_attention": {**POOLED, "query_block_size": 4}}, MOE),
+    "strided": small.recipe(
+        {"sparse_attention": {"selector": "strided", "block_size": 2, "query_block_size": 3, "stride": 5}}, MOE
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("sparse", "layout"),
+    [
+        *[("pooled", layout) for layout in ("tp2+sp", "pp2vp2", "cp2", "ep2", "dp2+zero2", "tp2cp2", "tp2pp2ep2")],
+        *[("pooled by query blocks", layout) for layout in ("tp2", "dp2")],
+        *[("strided", layout) for layout in ("tp2+sp", "cp2", "pp2ep2")],
+    ],
+)
+def test_block_sparse_attention(sparse: str, layout: str) -> None:
+    """Lists chosen in every layout alike: by heads that tensor parallelism splits, over keys that context parallelism
+    gathers, in documents, under recompute."""
+    compare(SPARSE[sparse], layout, masked=SPARSE[sparse].data.document_mask)
+
+
 @pytest.mark.parametrize(
     ("layout", "parallel"),
     [

@@ -154,6 +154,7 @@ def test_a_recipe_and_a_world_are_a_layout() -> None:
 # What is possible ---------------------------------------------------------------------------------------------------
 
 DENSE = {"model.moe": None}
+BY_QUERY_BLOCKS = {"selector": "local", "block_size": 5, "query_block_size": 5}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("tp4", {}, "model.num_query_groups=2 is not divisible by tp=4"),
     ("tp2", {"model.ffn_hidden_size": 49}, "model.ffn_hidden_size=49 is not divisible by tp=2"),
@@ -166,6 +167,17 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("cp2", {"data.seq_length": 26}, "data.seq_length=26 is not divisible by 2 * cp=4"),
     ("tp2", {"data.seq_length": 25}, "data.seq_length=25 / cp=1 is not divisible by tp=2"),
     ("tp2cp2", {"data.seq_length": 8 * 3 + 4}, None),  # 28 / 2 = 14 is even
+    (
+        "cp2",
+        {"model.sparse_attention": BY_QUERY_BLOCKS},
+        "query_block_size=5 does not divide data.seq_length=24 / (2 * ",
+    ),
+    (
+        "cp2",
+        {"model.sparse_attention": {**BY_QUERY_BLOCKS, "selector": "pooled", "blocks": 4, "query_block_size": 2}},
+        "cp=2 needs model.sparse_attention.query_block_size=1, not 2",
+    ),
+    ("cp2", {"model.sparse_attention": {**BY_QUERY_BLOCKS, "query_block_size": 3}}, None),
     ("ep2", DENSE, "ep=2 needs model.moe: a dense model has no experts"),
     ("ep3", {}, "model.moe.num_experts=8 is not divisible by ep=3"),
     ("ep4dp2", {}, "ep=4 does not divide the 2 processes of a pipeline stage"),

@@ -34,10 +34,11 @@ class Grid:
     local_blocks: int = 1  # the own block and those right before it
     sink_blocks: int = 1  # the first blocks of the sequence
 
-    def own(self, queries: int, offset: int = 0) -> tuple[Tensor, Tensor]:
+    def own(self, queries: int, offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The first and last key block that each query block reaches into, [q_blocks] each. ``offset``: position of the
         first query."""
-        first = torch.arange(math.ceil(queries / self.query_block_size)) * self.query_block_size + offset
+        blocks = torch.arange(math.ceil(queries / self.query_block_size), device=device)
+        first = blocks * self.query_block_size + offset
         last = (first + self.query_block_size).clamp(max=queries + offset) - 1
         return first // self.block_size, last // self.block_size
 
@@ -47,11 +48,13 @@ class Grid:
         return (blocks <= last) & ((blocks > first - self.local_blocks) | (blocks < self.sink_blocks))
 
 
-def local(grid: Grid, batch: int, kv_heads: int, seq: int) -> BlockMask:
+def local(grid: Grid, q: Tensor, k: Tensor) -> BlockMask:
     """The always-on blocks alone."""
-    first, last = grid.own(seq)
-    near = first.unsqueeze(1) - torch.arange(grid.local_blocks - 1, int((first - last).min()) - 1, -1)
-    sinks = torch.arange(grid.sink_blocks).expand(len(first), -1)
+    batch, seq, kv_heads, _ = k.shape
+    first, last = grid.own(q.shape[1], seq - q.shape[1], k.device)
+    farthest, nearest = grid.local_blocks - 1, int((first - last).min())
+    near = first.unsqueeze(1) - torch.arange(farthest, nearest - 1, -1, device=k.device)
+    sinks = torch.arange(grid.sink_blocks, device=k.device).expand(len(first), -1)
     index = torch.cat([sinks, near], 1)
     keep = (index <= last.unsqueeze(1)) & (index >= 0)
     keep[:, grid.sink_blocks :] &= near >= grid.sink_blocks
@@ -59,20 +62,22 @@ def local(grid: Grid, batch: int, kv_heads: int, seq: int) -> BlockMask:
     return BlockMask.from_index(index, keep, math.ceil(seq / grid.block_size), grid.block_size, grid.query_block_size)
 
 
-def strided(grid: Grid, batch: int, kv_heads: int, seq: int, stride: int, heads: slice | None = None) -> BlockMask:
+def strided(
+    grid: Grid, q: Tensor, k: Tensor, stride: int, first_head: int = 0, all_heads: int | None = None
+) -> BlockMask:
     """Besides the always-on ones every block j with (j + head * step) % stride == 0, step = max(1, stride // heads).
 
-    ``heads``: the numbers, of all ``kv_heads`` of the layer, of this rank's heads; None: all.
+    With tensor parallelism ``k`` has the heads from ``first_head`` on of the layer's ``all_heads``.
     """
-    first, last = grid.own(seq)
-    blocks = torch.arange(math.ceil(seq / grid.block_size))
-    step = max(1, stride // kv_heads)
-    shifted = blocks + torch.arange(kv_heads)[heads or slice(None)].unsqueeze(1) * step
+    batch, seq, kv_heads, _ = k.shape
+    first, last = grid.own(q.shape[1], seq - q.shape[1], k.device)
+    blocks = torch.arange(math.ceil(seq / grid.block_size), device=k.device)
+    step = max(1, stride // (all_heads or kv_heads))
+    shifted = blocks + (first_head + torch.arange(kv_heads, device=k.device)).unsqueeze(1) * step
     dense = grid.always(first, last, blocks) | (
         (shifted % stride == 0).unsqueeze(1) & (blocks <= last.unsqueeze(1)).unsqueeze(0)
     )
-    dense = dense.expand(batch, -1, -1, -1)
-    return BlockMask.from_dense(dense, grid.block_size, grid.query_block_size)
+    return BlockMask.from_dense(dense.expand(batch, -1, -1, -1), grid.block_size, grid.query_block_size)
 
 
 def pooled(grid: Grid, q: Tensor, k: Tensor, budget: int, mass: float | None = None) -> BlockMask:
@@ -86,7 +91,7 @@ def pooled(grid: Grid, q: Tensor, k: Tensor, budget: int, mass: float | None = N
     def score(part: slice) -> Tensor:
         return torch.einsum("bhqd,bhkd->bhqk", queries[:, :, part], means) * scale
 
-    return choose(grid, score, k.shape[1] - q.shape[1], q.shape[1], k.shape, budget, mass)
+    return choose(grid, score, q, k, budget, mass)
 
 
 def clusters(grid: Grid, q: Tensor, k: Tensor, centroids: Tensor, budget: int) -> BlockMask:
@@ -102,7 +107,7 @@ def clusters(grid: Grid, q: Tensor, k: Tensor, centroids: Tensor, budget: int) -
         chosen = F.one_hot(wanted[:, :, part], centroids.shape[1]).float()
         return torch.einsum("bhqc,bhkc->bhqk", chosen, counts)
 
-    return choose(grid, score, k.shape[1] - q.shape[1], q.shape[1], k.shape, budget)
+    return choose(grid, score, q, k, budget)
 
 
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
@@ -137,9 +142,8 @@ def mean_by_block(x: Tensor, size: int) -> Tensor:
 def choose(
     grid: Grid,
     score: Callable[[slice], Tensor],
-    offset: int,
-    queries: int,
-    keys: torch.Size,
+    q: Tensor,
+    k: Tensor,
     budget: int,
     mass: float | None = None,
 ) -> BlockMask:
@@ -147,11 +151,11 @@ def choose(
 
     score(part): float [batch, kv_heads, len(part), k_blocks] of some query blocks; those of blocks that a query reaches
     into or that come later are not read. mass: of the others only the fewest whose softmax adds up to it (FlexPrefill's
-    cumulative budget, arXiv 2502.20766), within the budget. keys: the shape of k.
+    cumulative budget, arXiv 2502.20766), within the budget. Of q and k only the shapes are read.
     """
-    batch, seq, kv_heads, _ = keys
-    first, last = grid.own(queries, offset)
-    blocks = torch.arange(math.ceil(seq / grid.block_size))
+    batch, seq, kv_heads, _ = k.shape
+    first, last = grid.own(q.shape[1], seq - q.shape[1], k.device)
+    blocks = torch.arange(math.ceil(seq / grid.block_size), device=k.device)
     width, step = min(budget, len(blocks)), max(1, CHUNK // (batch * kv_heads * len(blocks)))
     indices, keeps = [], []
     for start in range(0, len(first), step):

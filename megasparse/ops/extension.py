@@ -43,8 +43,8 @@ def _compile(command: list[str], library: Path) -> None:
         subprocess.run([*command, "-o", str(aside)], check=True, capture_output=True, text=True)
     except FileNotFoundError:
         raise RuntimeError(
-            f"{library.stem} is compiled at its first use and there is no {command[0]}: install a C++ compiler (g++) or "
-            "set CXX to one"
+            f"{library.stem} is compiled at its first use and there is no {command[0]}: install a C++ compiler (g++) "
+            "or set CXX to one"
         ) from None
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{' '.join(command)} failed:\n{error.stderr[:2000]}") from None

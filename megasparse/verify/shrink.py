@@ -11,6 +11,7 @@ from megasparse.topology import Layout
 HEAD_DIM, WIDTH, EXPERT_WIDTH, EXPERTS, LAYERS, VOCAB, SEQUENCE, MICRO_BATCH = 16, 96, 48, 8, 4, 251, 32, 2
 EPS = 1e-3
 LOSS_SCALE = 1024.0
+BLOCK = 4  # keys or queries of sparse attention
 UNEVEN = 2.0  # the embedding as so many layers: stages of 1 and 3 in place of 2 and 2
 
 
@@ -30,6 +31,8 @@ def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
     _shrink_layers(raw["model"], recipe, stages + (recipe.parallel.layers_per_stage is not None))
     if recipe.model.moe is not None:
         _shrink_experts(raw["model"]["moe"], math.lcm(*(layout.ep for layout in layouts)), tp)
+    if recipe.model.sparse_attention is not None:
+        _shrink_sparse_attention(raw["model"], recipe, raw["model"]["num_layers"])
     _shrink_text(raw, recipe, layouts, tp, cp)
     raw["model"].update(attention_dropout=0.0, hidden_dropout=0.0)
     raw["schedule"] = {"type": "constant"}
@@ -65,17 +68,37 @@ def _shrink_attention(model: dict[str, Any], recipe: Recipe, tp: int) -> None:
 def _shrink_layers(model: dict[str, Any], recipe: Recipe, stages: int) -> None:
     """The first layers and the last, with a dense and an MoE layer where the recipe has both."""
     wanted = max(LAYERS, stages)
-    flags = recipe.model.moe_layers
-    if len(flags) <= wanted:
+    if recipe.model.num_layers <= wanted:
         return
+    model["num_layers"] = wanted
+    if recipe.model.moe is not None and recipe.model.moe.layers != "all":
+        model["moe"]["layers"] = _kept(recipe.model.moe_layers, wanted)
+
+
+def _kept(flags: list[bool], wanted: int) -> list[int]:
+    """``wanted`` of the layers' flags: the first ones and the last, with both kinds where there are both."""
+    if len(flags) <= wanted:
+        return [int(flag) for flag in flags]
     kept = [*flags[: wanted - 1], flags[-1]]
     if any(flags) and not any(kept):
         kept[-2] = True
     if not all(flags) and all(kept):
         kept[0] = False
-    model["num_layers"] = wanted
-    if recipe.model.moe is not None and recipe.model.moe.layers != "all":
-        model["moe"]["layers"] = [int(flag) for flag in kept]
+    return [int(flag) for flag in kept]
+
+
+def _shrink_sparse_attention(model: dict[str, Any], recipe: Recipe, layers: int) -> None:
+    """Blocks so small that the short sequence has many, and as few to see that some are left out."""
+    sparse, before = model["sparse_attention"], recipe.model.sparse_attention
+    assert before is not None
+    for name, most in (("block_size", BLOCK), ("query_block_size", BLOCK), ("local_blocks", 2), ("sink_blocks", 1)):
+        sparse[name] = min(sparse[name], most)
+    sparse["stride"] = min(sparse["stride"], 3)
+    if before.blocks is not None:
+        always = sparse["local_blocks"] + sparse["sink_blocks"] + sparse["query_block_size"] // sparse["block_size"]
+        sparse["blocks"] = min(before.blocks, always + 1)
+    if before.layers != "all":
+        sparse["layers"] = _kept(recipe.model.sparse_layers, layers)
 
 
 def _shrink_experts(moe: dict[str, Any], ep: int, tp: int) -> None:
@@ -94,7 +117,8 @@ def _shrink_experts(moe: dict[str, Any], ep: int, tp: int) -> None:
 
 
 def _shrink_text(raw: dict[str, Any], recipe: Recipe, layouts: list[Layout], tp: int, cp: int) -> None:
-    unit = 2 * cp * tp
+    sparse = raw["model"]["sparse_attention"]
+    unit = 2 * cp * math.lcm(tp, sparse["query_block_size"] if sparse else 1)
     raw["data"]["seq_length"] = _at_most(recipe.data.seq_length, math.ceil(SEQUENCE / unit) * unit, unit)
     if recipe.model.max_position_embeddings:
         raw["model"]["max_position_embeddings"] = min(recipe.model.max_position_embeddings, raw["data"]["seq_length"])

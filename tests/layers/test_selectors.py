@@ -14,17 +14,23 @@ from megasparse.layers import selectors
 from megasparse.layers.selectors import Grid
 from megasparse.ops.block_sparse import BlockMask
 
-HEADS, KV_HEADS, DIM, STRIDE, BUDGET = 4, 2, 8, 3, 5
+HEADS, KV_HEADS, DIM, STRIDE = 4, 2, 8, 3
 GRIDS = [Grid(8, 1, 2, 1), Grid(8, 8, 2, 1), Grid(8, 16, 1, 2), Grid(16, 8, 1, 0), Grid(4, 1, 1, 0)]
 CENTROIDS = F.normalize(torch.randn(KV_HEADS, 5, DIM, generator=torch.Generator().manual_seed(7)), dim=-1)
 
+
+def budget(grid: Grid) -> int:
+    """Two more than the most blocks that are always on."""
+    return grid.sink_blocks + grid.local_blocks + max(1, grid.query_block_size // grid.block_size) + 1
+
+
 Selector = Callable[[Grid, Tensor, Tensor], BlockMask]
 SELECTORS: dict[str, Selector] = {
-    "local": lambda grid, q, k: selectors.local(grid, len(k), KV_HEADS, k.shape[1]),
-    "strided": lambda grid, q, k: selectors.strided(grid, len(k), KV_HEADS, k.shape[1], STRIDE),
-    "pooled": lambda grid, q, k: selectors.pooled(grid, q, k, BUDGET),
-    "mass": lambda grid, q, k: selectors.pooled(grid, q, k, BUDGET + 2, mass=0.6),
-    "clusters": lambda grid, q, k: selectors.clusters(grid, q, k, CENTROIDS, BUDGET),
+    "local": lambda grid, q, k: selectors.local(grid, q, k),
+    "strided": lambda grid, q, k: selectors.strided(grid, q, k, STRIDE),
+    "pooled": lambda grid, q, k: selectors.pooled(grid, q, k, budget(grid)),
+    "mass": lambda grid, q, k: selectors.pooled(grid, q, k, budget(grid) + 2, mass=0.6),
+    "clusters": lambda grid, q, k: selectors.clusters(grid, q, k, CENTROIDS, budget(grid)),
 }
 
 
@@ -71,8 +77,8 @@ def reference(name: str, grid: Grid, q: Tensor, k: Tensor) -> Tensor:
                     scores[j] = float(((block @ CENTROIDS[h].T).argmax(-1) == own).sum())
                 else:
                     scores[j] = float(query @ block.mean(0)) / math.sqrt(DIM)
-            budget = BUDGET + 2 if name == "mass" else BUDGET
-            best = sorted(others, key=lambda j: -scores[j])[: max(0, budget - len(chosen))]
+            most = budget(grid) + 2 if name == "mass" else budget(grid)
+            best = sorted(others, key=lambda j: -scores[j])[: max(0, most - len(chosen))]
             if name == "mass":
                 total, kept = sum(math.exp(s) for s in scores.values()), 0.0
                 for j in best:
@@ -113,7 +119,7 @@ def test_a_list_does_not_know_the_future(name: str, grid: Grid) -> None:
         assert not torch.equal(SELECTORS[name](grid, other_q * 0 + 3, k.flip(1)).to_dense(), before)
 
 
-@pytest.mark.parametrize("name", ["pooled", "clusters"])
+@pytest.mark.parametrize("name", SELECTORS)
 def test_with_a_cache_the_last_queries_choose_as_in_training(name: str) -> None:
     """Single queries after 40 keys choose what they choose in the whole sequence."""
     grid = GRIDS[0]
@@ -125,14 +131,15 @@ def test_with_a_cache_the_last_queries_choose_as_in_training(name: str) -> None:
 def test_scores_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory stays within CHUNK scores; the choice does not change."""
     q, k = tensors()
-    whole = selectors.pooled(GRIDS[0], q, k, BUDGET)
+    whole = selectors.pooled(GRIDS[0], q, k, 5)
     monkeypatch.setattr(selectors, "CHUNK", 200)
-    assert torch.equal(selectors.pooled(GRIDS[0], q, k, BUDGET).index, whole.index)
+    assert torch.equal(selectors.pooled(GRIDS[0], q, k, 5).index, whole.index)
 
 
 def test_strided_heads_of_a_rank() -> None:
     """A tensor-parallel rank's heads have the offsets that they have in the whole layer."""
-    whole = selectors.strided(GRIDS[0], 2, KV_HEADS, 75, STRIDE).to_dense()
-    rank = selectors.strided(GRIDS[0], 2, KV_HEADS, 75, STRIDE, heads=slice(1, 2)).to_dense()
+    q, k = tensors()
+    whole = selectors.strided(GRIDS[0], q, k, STRIDE).to_dense()
+    rank = selectors.strided(GRIDS[0], q[:, :, 2:], k[:, :, 1:], STRIDE, first_head=1, all_heads=KV_HEADS).to_dense()
     assert torch.equal(rank, whole[:, 1:])
     assert not torch.equal(whole[:, 0], whole[:, 1])

@@ -121,6 +121,22 @@ def test_a_large_recipe_becomes_small_and_keeps_its_structure(recipe: Recipe) ->
     assert any("optimizer.eps: 1e-08 -> 0.001 (AdamW" in line for line in changes)
 
 
+def test_sparse_attention_keeps_choosing() -> None:
+    """More blocks than a query may see, in whole parts of a context-parallel rank."""
+    raw = QWEN3_MOE.model_dump(mode="json")
+    raw["model"]["sparse_attention"] = {
+        **{"selector": "pooled", "blocks": 16, "query_block_size": 128, "local_blocks": 4},
+        "layers": [0] * 4 + [1] * 44,
+    }
+    made, _ = shrink(parse_recipe(raw), [Layout.parse("tp2+sp"), Layout.parse("pp2vp2")])
+    sparse = made.model.sparse_attention
+    assert sparse is not None
+    assert (sparse.block_size, sparse.query_block_size, sparse.local_blocks, sparse.blocks) == (4, 4, 2, 5)
+    assert sparse.blocks < made.data.seq_length // sparse.block_size
+    assert made.data.seq_length % (2 * sparse.query_block_size) == 0
+    assert sparse.layers == [0, 0, 0, 1]
+
+
 def test_uneven_stages_stay_uneven() -> None:
     made, changes = shrink(GPT2, [Layout.parse("pp2"), Layout.parse("pp2vp2")])
     raw = made.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""The op against torch's attention with a full mask, and its CPU path against its definition on random ones."""
+"""The CPU path against the definition; precision, empty lists, threads, memory, errors."""
 
 from __future__ import annotations
 
@@ -7,78 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megasparse.ops.block_sparse import BlockMask, block_sparse_attention
 from tests.helpers import assert_close
-
-
-def tensors(
-    batch: int, queries: int, keys: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, Tensor]:
-    random = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
-
-    return (
-        normal(batch, queries, heads, dim),
-        normal(batch, keys, kv_heads, dim),
-        normal(batch, keys, kv_heads, dim),
-    )
-
-
-def results(backend: Any, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, **options: Any) -> dict[str, Tensor]:
-    """Output, log-sum-exp, and the gradients of a weighted sum of both."""
-    inputs = {"q": q, "k": k, "v": v}
-    if options.get("block_bias") is not None:
-        inputs["block_bias"] = options["block_bias"]
-    inputs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-    output, lse = block_sparse_attention(
-        **inputs,
-        mask=mask,
-        backend=backend,
-        return_lse=True,
-        **{name: value for name, value in options.items() if name != "block_bias"},
-    )
-    random = torch.Generator().manual_seed(2)
-    seen = lse > -torch.inf
-    loss = (output.double() * torch.randn(output.shape, generator=random, dtype=torch.float64)).sum()
-    loss = loss + (lse[seen].double() * torch.randn(lse.shape, generator=random, dtype=torch.float64)[seen]).sum()
-    gradients = torch.autograd.grad(loss, list(inputs.values()))
-    found = {"output": output, "empty": ~seen, "lse": lse.where(seen, 0)}
-    return {**found, **{f"d{name}": g for name, g in zip(inputs, gradients, strict=True)}}
-
-
-def random_mask(q: Tensor, k: Tensor, block: int, query_block: int, density: float = 0.5) -> BlockMask:
-    shape = (len(q), k.shape[2], -(-q.shape[1] // query_block), -(-k.shape[1] // block))
-    dense = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < density
-    return BlockMask.from_dense(dense, block, query_block)
-
-
-@pytest.mark.parametrize("backend", ["naive", "cpu"])
-@pytest.mark.parametrize(("block", "query_block"), [(16, 16), (32, 16), (16, 1)])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_full_mask_is_torchs_attention(
-    backend: str, block: int, query_block: int, kv_heads: int, causal: bool
-) -> None:
-    q, k, v = tensors(2, 75, 75, 4, kv_heads, 8)
-    mask = random_mask(q, k, block, query_block, density=1.0)
-    ours = [x.clone().requires_grad_() for x in (q, k, v)]
-    theirs = [x.clone().requires_grad_() for x in (q, k, v)]
-    output = block_sparse_attention(*ours, mask, causal=causal, backend=backend)  # type: ignore[arg-type]
-    assert isinstance(output, Tensor)
-    heads_first = [x.transpose(1, 2) for x in theirs]
-    expected = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True).transpose(1, 2)
-    assert_close(output, expected, 1e-10)
-    weights = torch.randn_like(output)
-    for a, b in zip(
-        torch.autograd.grad(output, ours, weights), torch.autograd.grad(expected, theirs, weights), strict=True
-    ):
-        assert_close(a, b, 1e-10)
-
+from tests.ops.block_sparse.cases import random_mask, results, tensors
 
 CASES: list[tuple[int, int, int, int, int, int, int]] = [
     # batch, queries, keys, heads, kv_heads, block, query_block

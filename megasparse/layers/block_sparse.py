@@ -1,0 +1,42 @@
+"""Block-sparse attention for mcore's core-attention slot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from megasparse.config import SparseAttention
+from megasparse.layers import selectors
+from megasparse.layers.attention import CoreAttention
+from megasparse.layers.selectors import Grid
+from megasparse.ops.block_sparse import BlockMask, block_sparse_attention
+
+
+class BlockSparseAttention(CoreAttention):
+    """CoreAttention over the key blocks that a selector lists, as ``sparse`` says."""
+
+    def __init__(self, config: Any, *args: Any, sparse: SparseAttention, tp_rank: int, kv_heads: int, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.sparse, self.kv_heads = sparse, kv_heads
+        self.first_head = tp_rank * (kv_heads // config.tensor_model_parallel_size)
+        self.grid = Grid(sparse.block_size, sparse.query_block_size, sparse.local_blocks, sparse.sink_blocks)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, start: int) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [batch, seq, heads, head_dim]
+        documents = None if document_ids is None else document_ids[:, : k.shape[1]]
+        output = block_sparse_attention(q, k, v, self.select(q, k), scale=self.scale, document_ids=documents)
+        assert isinstance(output, Tensor)
+        return output.transpose(1, 2)
+
+    def select(self, q: Tensor, k: Tensor) -> BlockMask:
+        """The blocks that queries [batch, seq, heads, head_dim] see, the last ones of keys [batch, keys, kv_heads,
+        head_dim]."""
+        match self.sparse.selector:
+            case "local":
+                return selectors.local(self.grid, q, k)
+            case "strided":
+                return selectors.strided(self.grid, q, k, self.sparse.stride, self.first_head, self.kv_heads)
+            case "pooled":
+                assert self.sparse.blocks is not None
+                return selectors.pooled(self.grid, q, k, self.sparse.blocks, self.sparse.mass)

@@ -1,0 +1,107 @@
+"""Block-sparse attention in the model: dense where every block is chosen, and what its selector says elsewhere."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from megasparse.config import SparseAttention, parse_recipe
+from megasparse.layers.attention import CoreAttention
+from megasparse.layers.block_sparse import BlockSparseAttention
+from megasparse.ops.block_sparse import block_sparse_attention
+from tests import small
+from tests.helpers import assert_close
+
+KV_HEADS = 2
+SELECTORS: list[dict[str, Any]] = [
+    {"selector": "local"},
+    {"selector": "strided", "stride": 3},
+    {"selector": "pooled", "blocks": 5},
+    {"selector": "pooled", "blocks": 5, "mass": 0.5},
+]
+
+
+def modules(**sparse: Any) -> tuple[CoreAttention, BlockSparseAttention]:
+    """Dense and block-sparse core attention of the same size."""
+    config = SimpleNamespace(
+        kv_channels=8, attention_dropout=0.0, context_parallel_size=1, tensor_model_parallel_size=1
+    )
+    arguments: Any = (config, 1, AttnMaskType.causal, "self")
+    made = SparseAttention(**{"block_size": 8, **sparse})
+    return CoreAttention(*arguments), BlockSparseAttention(*arguments, sparse=made, tp_rank=0, kv_heads=KV_HEADS)
+
+
+def tensors(seq: int = 75) -> list[Tensor]:
+    """query, key, value [seq, batch, heads, head_dim]"""
+    random = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(seq, 2, heads, 8, generator=random, dtype=torch.float64).requires_grad_()
+        for heads in (4, KV_HEADS, KV_HEADS)
+    ]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("query_block_size", [1, 16])
+def test_with_all_blocks_it_is_dense_attention(query_block_size: int, documents: bool) -> None:
+    dense, sparse = modules(selector="pooled", blocks=1000, query_block_size=query_block_size)
+    ids = (torch.arange(75) // 20).expand(2, -1) if documents else None
+    inputs = tensors()
+    a, b = (module(*inputs, ids) for module in (sparse, dense))
+    assert_close(a, b, 1e-12)
+    weights = torch.randn_like(a)
+    assert_close(torch.autograd.grad(a, inputs, weights), torch.autograd.grad(b, inputs, weights), 1e-11)
+
+
+@pytest.mark.parametrize("query_block_size", [1, 16])
+@pytest.mark.parametrize("options", SELECTORS, ids=str)
+def test_it_attends_to_what_the_selector_lists(options: dict[str, Any], query_block_size: int) -> None:
+    dense, sparse = modules(**options, query_block_size=query_block_size)
+    query, key, value = inputs = tensors()
+    q, k, v = (x.transpose(0, 1) for x in inputs)
+    mask = sparse.select(q, k)
+    expected = block_sparse_attention(q, k, v, mask, scale=1 / math.sqrt(8), backend="naive")
+    assert isinstance(expected, Tensor)
+    output = sparse(query, key, value, None)
+    assert_close(output, expected.flatten(2).transpose(0, 1), 1e-12)
+    assert (output - dense(query, key, value, None)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("query_block_size", [1, 8])
+@pytest.mark.parametrize("options", SELECTORS, ids=str)
+def test_no_output_knows_the_future(options: dict[str, Any], query_block_size: int) -> None:
+    _, sparse = modules(**options, query_block_size=query_block_size)
+    inputs = [x.detach() for x in tensors()]
+    before = sparse(*inputs, None)
+    for t in (1, 8, 40, 74):
+        changed = [torch.cat([x[:t], torch.randn_like(x[t:]) * 9]) for x in inputs]
+        assert torch.equal(sparse(*changed, None)[:t], before[:t])
+
+
+@pytest.mark.parametrize(
+    ("sparse", "error"),
+    [
+        ({"selector": "pooled"}, r"model\.sparse_attention: blocks=None with selector=pooled"),
+        ({"selector": "local", "blocks": 4}, "blocks=4 with selector=local"),
+        ({"selector": "local", "mass": 0.5}, "mass=0.5 needs selector=pooled"),
+        ({"selector": "pooled", "blocks": 3}, "blocks=3 leaves none to choose: 3 are always seen"),
+        ({"selector": "pooled", "blocks": 4, "block_size": 8, "query_block_size": 16}, "4 are always seen"),
+        ({"selector": "local", "layers": [1, 0, 1]}, r"sparse_attention\.layers has 3 flags for num_layers=2"),
+        ({"selector": "moba"}, r"model\.sparse_attention\.selector = 'moba'"),
+    ],
+)
+def test_what_cannot_be(sparse: dict[str, Any], error: str) -> None:
+    raw = small.recipe().model_dump(mode="json")
+    raw["model"]["sparse_attention"] = sparse
+    with pytest.raises(ValueError, match=error):
+        parse_recipe(raw)
+
+
+def test_no_dropout() -> None:
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1 is not possible with sparse_attention"):
+        small.recipe({"attention_dropout": 0.1, "sparse_attention": {"selector": "local"}})
