@@ -119,9 +119,18 @@ class SparseAttention(Section):
     local_blocks: PositiveInt = 2  # always seen: the own one and those right before it
     sink_blocks: int = Field(default=1, ge=0)  # always seen: the first of the sequence
     layers: Literal["all"] | list[Literal[0, 1]] = "all"  # one flag per layer; the others are dense
+    dense_start: Fraction = 0.0  # share of the run's steps, at its beginning, with dense attention
+    dense_end: Fraction = 0.0  # and at its end
+    ramp: Fraction = 0.0  # pooled: share of the steps, after dense_start, in which all blocks become ``blocks``
 
     @model_validator(mode="after")
     def _check(self) -> SparseAttention:
+        if self.dense_start + self.ramp + self.dense_end > 1:
+            raise ValueError(
+                f"dense_start={self.dense_start} + ramp={self.ramp} + dense_end={self.dense_end} are more than the run"
+            )
+        if self.ramp > 0 and self.selector != "pooled":
+            raise ValueError(f"ramp={self.ramp} needs selector=pooled, not {self.selector}: the others have no budget")
         if (self.selector == "pooled") != (self.blocks is not None):
             raise ValueError(
                 f"blocks={self.blocks} with selector={self.selector}: set blocks, how many a query sees in all, for "

@@ -26,7 +26,8 @@ from torch import Tensor
 from megasparse import platform
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
-from megasparse.layers.router import RouterState, auxiliary_losses
+from megasparse.layers.router import auxiliary_losses
+from megasparse.layers.step import StepState
 from megasparse.model import GPTModel, Weight, local_weights, moe_layers
 from megasparse.topology import MegatronMPU, Topology
 
@@ -42,6 +43,7 @@ class StepResult:
     loss_scale: float
     expert_tokens: Tensor  # [MoE layers, experts] int64: tokens routed to each expert
     dropped_fraction: float  # of the routed copies; 0 when dropless
+    block_density: float | None  # the share of causal key blocks that sparse attention saw; None: the model has none
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Fragment:
 class Engine:
     """The model of this rank under DeepSpeed: ``train_step``, ``evaluate``, and the module for checkpoints."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, chunks: nn.ModuleList, router_state: RouterState) -> None:
-        self.recipe, self.topology, self.chunks, self.router_state = recipe, topology, chunks, router_state
+    def __init__(self, recipe: Recipe, topology: Topology, chunks: nn.ModuleList, step_state: StepState) -> None:
+        self.recipe, self.topology, self.chunks, self.step_state = recipe, topology, chunks, step_state
         self.config: Any = chunks[0].config
         if recipe.training.precision == "fp16":
             platform.allow_fp16()
@@ -103,7 +105,7 @@ class Engine:
     def train_step(self, batches: list[Batch], step: int, learning_rate: float) -> StepResult:
         """One optimizer step (``step`` counts from 0) on this rank's micro-batches."""
         self.chunks.train()
-        self.router_state.begin(step, len(batches))
+        self.step_state.begin(step, self.recipe.training.steps, len(batches))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         tokens = self._loss_tokens(batches)
@@ -127,6 +129,7 @@ class Engine:
             loss_scale=loss_scale,
             expert_tokens=statistics.expert_tokens[is_moe],
             dropped_fraction=statistics.dropped / routed if routed else 0.0,
+            block_density=statistics.block_density,
         )
 
     @torch.no_grad()
@@ -334,10 +337,18 @@ class Engine:
         for layer, mixture in self._moe:
             counts[layer] = mixture.router.counts
         own_loss = sum(loss.item() for loss in losses) / tokens if self._reports_loss else 0.0
-        own_aux = [float(self.router_state.losses.get(name, 0.0)) / self.topology.dp for name in names]
-        loss, *rest = self._all_reduce([own_loss, *own_aux, *counts.flatten().tolist()], None)
+        own_aux = [float(self.step_state.losses.get(name, 0.0)) / self.topology.dp for name in names]
+        own_blocks = [float(self.step_state.blocks.get(name, 0.0)) for name in ("listed", "all")]
+        sums = self._all_reduce([own_loss, *own_blocks, *own_aux, *counts.flatten().tolist()], None)
+        loss, listed, blocks, *rest = sums
         counts = torch.tensor(rest[len(names) :], dtype=torch.float64).view(counts.shape).long()
-        return _Statistics(loss, dict(zip(names, rest, strict=False)), counts[:, :-1], int(counts[:, -1].sum()))
+        return _Statistics(
+            loss=loss,
+            aux_losses=dict(zip(names, rest, strict=False)),
+            expert_tokens=counts[:, :-1],
+            dropped=int(counts[:, -1].sum()),
+            block_density=listed / blocks if blocks else None,
+        )
 
     def _all_reduce(self, values: list[float], group: dist.ProcessGroup | None) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64, device=platform.device())
@@ -353,6 +364,7 @@ class _Statistics:
     aux_losses: dict[str, float]
     expert_tokens: Tensor  # [layers, experts] int64
     dropped: int
+    block_density: float | None
 
 
 def parameter_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, Any]]:

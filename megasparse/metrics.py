@@ -74,12 +74,13 @@ def parameter_count(model: Model, vocab_size: int, seq_length: int) -> Parameter
     return Parameters(total, active)
 
 
-def flops_per_token(model: Model, vocab_size: int, seq_length: int) -> float:
+def flops_per_token(model: Model, vocab_size: int, seq_length: int, block_density: float = 1.0) -> float:
     """Floating-point operations of one token's forward and backward pass: matrix products, a multiply-add is two.
 
     Backward is twice forward; recomputation does not count (PaLM's model FLOPs). Attention is counted as causal: a
-    token sees (seq_length + 1) / 2 positions on average, documents not separated. Of the experts, top_k count, tokens
-    dropped over capacity included.
+    token sees (seq_length + 1) / 2 positions on average, documents not separated, and in block-sparse layers
+    ``block_density`` of them; choosing them does not count. Of the experts, top_k count, tokens dropped over capacity
+    included.
     """
     hidden = model.hidden_size
     query, key_value = model.head_size * model.num_attention_heads, model.head_size * model.kv_heads
@@ -88,6 +89,7 @@ def flops_per_token(model: Model, vocab_size: int, seq_length: int) -> float:
     dense = (3 if model.activation == "swiglu" else 2) * hidden * model.ffn_size
     sparse_layers = sum(model.moe_layers)
     multiply_adds = vocab_size * hidden + model.num_layers * (projections + scores_and_values)
+    multiply_adds -= sum(model.sparse_layers) * scores_and_values * (1 - block_density)
     multiply_adds += (model.num_layers - sparse_layers) * dense
     if moe := model.moe:
         experts = moe.top_k * moe.ffn_hidden_size + moe.shared_expert_ffn_hidden_size
@@ -134,7 +136,7 @@ class MetricsLogger:
     the clock, so that the rest is the same to the bit in a run that was killed and resumed. A value that is not
     finite is null there. The console shows a progress bar, or a plain line every ``log_interval`` steps where the
     output is not a terminal. Names it knows: ``loss``, ``learning_rate``, ``grad_norm``, ``expert_load``,
-    ``dropped_fraction``; timing's ``tokens_per_second`` and ``mfu``. All are optional.
+    ``dropped_fraction``, ``block_density``; timing's ``tokens_per_second`` and ``mfu``. All are optional.
     """
 
     def __init__(self, run_dir: Path, recipe: Recipe, first_step: int = 1, rank: int = 0) -> None:
@@ -294,6 +296,7 @@ QUALITY = [
     _Shown("grad_norm", "norm", "{:.2f}"),
     _Shown("expert_load", "load", "{:.2f}"),
     _Shown("dropped_fraction", "dropped", "{:.1f}%", 100),
+    _Shown("block_density", "blocks", "{:.1f}%", 100),
 ]
 SPEED = [_Shown("tokens_per_second", "tok/s", "{:,.0f}"), _Shown("mfu", "mfu", "{:.1f}%", 100)]
 

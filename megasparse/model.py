@@ -32,7 +32,7 @@ from megasparse.layers.block_sparse import BlockSparseAttention
 from megasparse.layers.moe import MoELayer, PostNormMLP, PostNormMoELayer
 from megasparse.layers.norms import FullWidthRMSNorm, HeadRMSNorm, LayerNorm, RMSNorm
 from megasparse.layers.rope import attention_factor, inverse_frequencies
-from megasparse.layers.router import RouterState
+from megasparse.layers.step import StepState
 from megasparse.topology import Topology, stage_layers
 
 # It warns, layer by layer, of every mlp that is not one of its own classes.
@@ -77,15 +77,15 @@ class GPTModel(MegatronGPTModel):
             logits.data[..., -padding:] = torch.finfo(logits.dtype).min
 
 
-def build_model(recipe: Recipe, topology: Topology, vocab_size: int) -> tuple[nn.ModuleList, RouterState]:
+def build_model(recipe: Recipe, topology: Topology, vocab_size: int) -> tuple[nn.ModuleList, StepState]:
     """The part of the model this process holds, initialised: one GPTModel, or with virtual pipeline stages several,
-    in the order of the model; and the step state its routers share.
+    in the order of the model; and the step state its layers share.
 
     The weights depend on recipe.training.seed alone: every layout starts from the same model.
     """
     model = recipe.model
     config = transformer_config(recipe, topology)
-    state = RouterState(
+    state = StepState(
         seed=recipe.training.seed, recompute=recipe.training.recompute == "full", context_parallel=topology.cp
     )
     counts = stage_layers(recipe.parallel, model.num_layers)
@@ -180,7 +180,7 @@ def norm_of(model: Model) -> type:
     return RMSNorm if model.normalization == "RMSNorm" else LayerNorm
 
 
-def layer_spec(model: Model, index: int, topology: Topology, state: RouterState) -> ModuleSpec:
+def layer_spec(model: Model, index: int, topology: Topology, state: StepState) -> ModuleSpec:
     """The transformer layer ``index`` (from 0)."""
     post = model.norm_placement == "post"
     input_norm = IdentityOp if post else norm_of(model)
@@ -189,7 +189,7 @@ def layer_spec(model: Model, index: int, topology: Topology, state: RouterState)
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=_core_attention(model, index, topology),
+            core_attention=_core_attention(model, index, topology, state),
             linear_proj=RowParallelLinear,
             q_layernorm=_qk_norm(model, model.num_attention_heads),
             k_layernorm=_qk_norm(model, model.kv_heads),
@@ -219,10 +219,13 @@ def layer_spec(model: Model, index: int, topology: Topology, state: RouterState)
     )
 
 
-def _core_attention(model: Model, index: int, topology: Topology) -> Any:
+def _core_attention(model: Model, index: int, topology: Topology, state: StepState) -> Any:
     if not model.sparse_layers[index]:
         return CoreAttention
-    params = {"sparse": model.sparse_attention, "tp_rank": topology.tp_rank, "kv_heads": model.kv_heads}
+    params = {
+        **{"sparse": model.sparse_attention, "state": state},
+        **{"tp_rank": topology.tp_rank, "kv_heads": model.kv_heads},
+    }
     return ModuleSpec(module=BlockSparseAttention, params=params)
 
 

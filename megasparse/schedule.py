@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of tokens seen: nothing to save, and the same under any layout and batch size."""
+"""Learning rate and sparsity as pure functions of the progress: nothing to save, and the same under any layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megasparse.config import Optimizer, Schedule
+    from megasparse.config import Optimizer, Schedule, SparseAttention
 
 
 def learning_rate(tokens: int, optimizer: Optimizer, schedule: Schedule, total_tokens: int) -> float:
@@ -38,3 +38,13 @@ def learning_rate(tokens: int, optimizer: Optimizer, schedule: Schedule, total_t
             remaining = max(total_tokens - tokens, 0)
             fraction = min(1.0, remaining / schedule.decay_tokens) if schedule.decay_tokens else 1.0
     return peak * (schedule.min_lr_ratio + (1.0 - schedule.min_lr_ratio) * fraction)
+
+
+def attention_blocks(progress: float, sparse: SparseAttention, all_blocks: int) -> int | None:
+    """How many of a sequence's ``all_blocks`` key blocks a query may see at ``progress``, the share of the run's steps
+    that are done with this one; None: dense attention. Selectors without a budget ignore the number."""
+    if progress <= sparse.dense_start or progress > 1 - sparse.dense_end:
+        return None
+    blocks = min(sparse.blocks or all_blocks, all_blocks)
+    ramped = (progress - sparse.dense_start) / sparse.ramp if sparse.ramp else 1.0
+    return round(all_blocks + (blocks - all_blocks) * min(1.0, ramped))

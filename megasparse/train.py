@@ -54,8 +54,8 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
     checkpoint = checkpoint_to_resume(run_dir, resume, checkpoint_name, recipe, data.fingerprint)
 
     place = topology.initialize(layout, training.seed)
-    chunks, router_state = build_model(recipe, place, vocab_size)
-    engine = Engine(recipe, place, chunks, router_state)
+    chunks, step_state = build_model(recipe, place, vocab_size)
+    engine = Engine(recipe, place, chunks, step_state)
     first_step = load(engine, checkpoint) if checkpoint else 0
     saver = Saver(engine, run_dir / "checkpoints", data.fingerprint)
     if place.rank == 0:
@@ -80,7 +80,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
         rate = learning_rate(tokens_seen, recipe.optimizer, recipe.schedule, recipe.total_tokens)
         result = engine.train_step(batches, step, rate)
         metrics = step_metrics(result, rate, tokens_seen)
-        timing = speed.timing(time.perf_counter() - started)
+        timing = speed.timing(time.perf_counter() - started, result.block_density)
 
         done, last = step + 1, step + 1 == training.steps
         if not last and due(done, training.eval_interval):
@@ -146,6 +146,8 @@ def step_metrics(result: StepResult, rate: float, tokens_seen: int) -> dict[str,
     if len(result.expert_tokens):
         metrics["expert_load"] = largest_load(result.expert_tokens)
         metrics["dropped_fraction"] = result.dropped_fraction
+    if result.block_density is not None:
+        metrics["block_density"] = result.block_density
     if result.skipped:
         metrics["skipped"] = 1
     if result.loss_scale != 1.0:
@@ -157,8 +159,8 @@ def step_metrics(result: StepResult, rate: float, tokens_seen: int) -> dict[str,
 class Speed:
     """Tokens per second, and the share of the devices' measured matrix-product rate that the model's FLOPs are."""
 
-    tokens_per_step: int
-    flops_per_token: float
+    recipe: Recipe
+    vocab_size: int
     device_flops: float  # FLOP/s of all ranks together
 
     @staticmethod
@@ -166,16 +168,13 @@ class Speed:
         dist.barrier()  # ranks that share a host measure together
         rate = torch.tensor(matmul_flops(platform.DTYPES[recipe.training.precision]), device=platform.device())
         dist.all_reduce(rate)
-        flops = flops_per_token(recipe.model, vocab_size, recipe.data.seq_length)
-        return Speed(recipe.tokens_per_step, flops, rate.item())
+        return Speed(recipe, vocab_size, rate.item())
 
-    def timing(self, seconds: float) -> dict[str, float]:
-        rate = self.tokens_per_step / seconds
-        return {
-            "seconds": seconds,
-            "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token / self.device_flops,
-        }
+    def timing(self, seconds: float, block_density: float | None) -> dict[str, float]:
+        model, seq = self.recipe.model, self.recipe.data.seq_length
+        rate = self.recipe.tokens_per_step / seconds
+        flops = flops_per_token(model, self.vocab_size, seq, 1.0 if block_density is None else block_density)
+        return {"seconds": seconds, "tokens_per_second": rate, "mfu": rate * flops / self.device_flops}
 
 
 def announce(log: MetricsLogger, recipe: Recipe, place: Topology, vocab_size: int, checkpoint: Path | None) -> None:

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megasparse.config import Data, DataSet, Logging, Model, MoE, Recipe, Training, load_recipe
+from megasparse.config import Data, DataSet, Logging, Model, MoE, Recipe, SparseAttention, Training, load_recipe
 from megasparse.metrics import (
     MetricsLogger,
     _clock,
@@ -136,6 +136,15 @@ def test_attention_flops_are_causal():
     context = sum(range(1, SEQ + 1)) / SEQ - 1  # seen beyond the token itself
     extra = flops_per_token(model, VOCAB, SEQ) - flops_per_token(model, VOCAB, 1)
     assert extra == pytest.approx(3 * 3 * 4 * (4 * 16) * context)
+
+
+def test_attention_flops_of_sparse_layers_follow_their_density():
+    dense, _ = qwen3()
+    sparse = dense.model_copy(update={"sparse_attention": SparseAttention(selector="local", layers=[1, 0, 1])})
+    context = sum(range(1, SEQ + 1)) / SEQ
+    saved = flops_per_token(dense, VOCAB, SEQ) - flops_per_token(sparse, VOCAB, SEQ, 0.25)
+    assert saved == pytest.approx(0.75 * 2 * 3 * 4 * (4 * 16) * context)
+    assert flops_per_token(sparse, VOCAB, SEQ) == flops_per_token(dense, VOCAB, SEQ)
 
 
 def test_shared_expert_and_dense_layers_among_sparse_ones():

@@ -44,7 +44,10 @@ def train(raw: dict[str, Any], masked: bool) -> dict[str, Any]:
         batches = small.batches(recipe, step, place.dp_rank, place.dp, masked)
         result = engine.train_step(batches, step, 3e-3)
         steps.append(
-            {"loss": result.loss, "norm": result.grad_norm, **result.aux_losses, "tokens": result.expert_tokens}
+            {
+                **{"loss": result.loss, "norm": result.grad_norm, **result.aux_losses},
+                **{"tokens": result.expert_tokens, "density": result.block_density or 0.0},
+            }
         )
     nats, tokens = engine.evaluate(small.batches(recipe, STEPS, place.dp_rank, place.dp, masked))
     weights = [
@@ -185,9 +188,10 @@ def test_gpt2(layout: str) -> None:
 
 
 POOLED = {"selector": "pooled", "block_size": 4, "blocks": 4}
+SCHEDULE = {"dense_start": 0.05, "ramp": 0.15}  # of 20 steps: one dense, three with fewer and fewer blocks, sparse
 SPARSE = {
     "pooled": small.recipe(
-        {"num_layers": 4, "sparse_attention": {**POOLED, "layers": [1, 1, 0, 1]}},
+        {"num_layers": 4, "sparse_attention": {**POOLED, "layers": [1, 1, 0, 1], **SCHEDULE}},
         {**MOE, "layers": [0, 1, 1, 1]},
         {"recompute": "full"},
         data={"document_mask": True},

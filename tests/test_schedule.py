@@ -1,4 +1,4 @@
-"""The learning rate against transformers' and torch's schedulers and its own end points."""
+"""Attention's schedule, and the learning rate against transformers' and torch's schedulers and its own end points."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
 
-from megasparse.config import Optimizer, Schedule
-from megasparse.schedule import learning_rate
+from megasparse.config import Optimizer, Schedule, SparseAttention
+from megasparse.schedule import attention_blocks, learning_rate
 
 TOKENS_PER_STEP = 1024
 STEPS, WARMUP, DECAY = 200, 20, 50
@@ -95,3 +95,18 @@ def test_depends_on_tokens_alone():
     small = [learning_rate(t, Optimizer(), schedule, total) for t in range(1024, total + 1, 1024)]
     large = [learning_rate(t, Optimizer(), schedule, total) for t in range(2048, total + 1, 2048)]
     assert large == small[1::2]
+
+
+@pytest.mark.parametrize(
+    ("progress", "blocks"),
+    [(0.01, None), (0.2, None), (0.201, 99), (0.3, 58), (0.4, 16), (0.5, 16), (0.9, 16), (0.901, None), (1.0, None)],
+)
+def test_attention_is_dense_then_ever_sparser_then_dense(progress: float, blocks: int | None) -> None:
+    sparse = SparseAttention(selector="pooled", blocks=16, dense_start=0.2, ramp=0.2, dense_end=0.1)
+    found = attention_blocks(progress, sparse, 100)
+    assert found == (blocks if blocks is None else pytest.approx(blocks, abs=1))
+
+
+def test_a_short_sequence_has_fewer_blocks_than_the_budget() -> None:
+    assert attention_blocks(0.5, SparseAttention(selector="pooled", blocks=16), 5) == 5
+    assert attention_blocks(1.0, SparseAttention(selector="local"), 7) == 7

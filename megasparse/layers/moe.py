@@ -33,7 +33,8 @@ from torch import Tensor
 
 from megasparse.config import MoE
 from megasparse.layers.attention import post_norm
-from megasparse.layers.router import Router, RouterState
+from megasparse.layers.router import Router
+from megasparse.layers.step import StepState
 from megasparse.ops import experts as ops
 from megasparse.topology import Topology
 
@@ -45,7 +46,7 @@ class MoELayer(AutoEPMoELayer):
     their own data-parallel group; routing, dispatch and arithmetic are ours.
     """
 
-    def __init__(self, config: Any, moe: MoE, topology: Topology, state: RouterState, submodules: Any = None) -> None:
+    def __init__(self, config: Any, moe: MoE, topology: Topology, state: StepState, submodules: Any = None) -> None:
         nn.Module.__init__(self)  # AutoEPMoELayer's own constructor wraps a Hugging Face block
         self.config, self.moe, self.topology = config, moe, topology
         self.router = Router(config, moe, state, topology.tp_cp_group)

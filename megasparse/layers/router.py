@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,37 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megasparse.config import MoE
+from megasparse.layers.step import StepState
 from megasparse.ops.experts import routing
-
-
-@dataclass
-class RouterState:
-    """The current optimizer step as every router of this process sees it. Set and read by the engine.
-
-    The objective of a step adds, for each auxiliary loss, its mean over the step's micro-batches.
-    """
-
-    step: int = 0
-    seed: int = 0
-    num_micro_batches: int = 1
-    recompute: bool = False  # layers run twice: the first time without gradients
-    context_parallel: int = 1  # ranks that share a micro-batch's tokens, over which DeepSpeed averages gradients
-    losses: dict[str, Tensor] = field(default_factory=dict)  # mean over micro-batches and layers, this rank's part
-    pooled: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # all_layers: (probs sum, counts) of each layer
-
-    def begin(self, step: int, num_micro_batches: int) -> None:
-        self.step, self.num_micro_batches = step, num_micro_batches
-        self.losses.clear()
-        self.pooled.clear()
-
-    def first_pass(self) -> bool:
-        """False in the second run of a recomputed layer: counters advance once."""
-        return not (self.recompute and torch.is_grad_enabled())
-
-    def record(self, name: str, value: Tensor) -> None:
-        if self.first_pass():
-            part = value.detach() / self.num_micro_batches
-            self.losses[name] = self.losses[name] + part if name in self.losses else part
 
 
 @dataclass(frozen=True)
@@ -69,7 +40,7 @@ class Router(nn.Module):
     load: Tensor
     counts: Tensor
 
-    def __init__(self, config: Any, moe: MoE, state: RouterState, group: dist.ProcessGroup) -> None:
+    def __init__(self, config: Any, moe: MoE, state: StepState, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.moe, self.state = moe, state
         self.group = group  # the tensor- and context-parallel ranks, which share the tokens of a micro-batch

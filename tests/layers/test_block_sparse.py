@@ -14,6 +14,7 @@ from torch import Tensor
 from megasparse.config import SparseAttention, parse_recipe
 from megasparse.layers.attention import CoreAttention
 from megasparse.layers.block_sparse import BlockSparseAttention
+from megasparse.layers.step import StepState
 from megasparse.ops.block_sparse import block_sparse_attention
 from tests import small
 from tests.helpers import assert_close
@@ -27,14 +28,17 @@ SELECTORS: list[dict[str, Any]] = [
 ]
 
 
-def modules(**sparse: Any) -> tuple[CoreAttention, BlockSparseAttention]:
+def modules(state: StepState | None = None, **sparse: Any) -> tuple[CoreAttention, BlockSparseAttention]:
     """Dense and block-sparse core attention of the same size."""
     config = SimpleNamespace(
         kv_channels=8, attention_dropout=0.0, context_parallel_size=1, tensor_model_parallel_size=1
     )
     arguments: Any = (config, 1, AttnMaskType.causal, "self")
     made = SparseAttention(**{"block_size": 8, **sparse})
-    return CoreAttention(*arguments), BlockSparseAttention(*arguments, sparse=made, tp_rank=0, kv_heads=KV_HEADS)
+    block_sparse = BlockSparseAttention(
+        *arguments, sparse=made, state=state or StepState(), tp_rank=0, kv_heads=KV_HEADS
+    )
+    return CoreAttention(*arguments), block_sparse
 
 
 def tensors(seq: int = 75) -> list[Tensor]:
@@ -64,7 +68,7 @@ def test_it_attends_to_what_the_selector_lists(options: dict[str, Any], query_bl
     dense, sparse = modules(**options, query_block_size=query_block_size)
     query, key, value = inputs = tensors()
     q, k, v = (x.transpose(0, 1) for x in inputs)
-    mask = sparse.select(q, k)
+    mask = sparse.select(q, k, 5)
     expected = block_sparse_attention(q, k, v, mask, scale=1 / math.sqrt(8), backend="naive")
     assert isinstance(expected, Tensor)
     output = sparse(query, key, value, None)
@@ -83,6 +87,31 @@ def test_no_output_knows_the_future(options: dict[str, Any], query_block_size: i
         assert torch.equal(sparse(*changed, None)[:t], before[:t])
 
 
+def test_schedule_and_density() -> None:
+    """Dense, fewer and fewer blocks, sparse, dense; each step's blocks are counted, once under recompute, and those of
+    evaluation are not."""
+    state = StepState(recompute=True)
+    dense, sparse = modules(state, selector="pooled", blocks=4, dense_start=0.2, ramp=0.4, dense_end=0.2)
+    inputs = tensors(80)
+    expected = dense(*inputs, None)
+    densities = []
+    for step in range(10):
+        state.begin(step, 10, 1)
+        with torch.no_grad():
+            sparse(*inputs, None)
+        output = sparse(*inputs, None)
+        assert (step in (0, 1, 8, 9)) == torch.equal(output, expected)
+        densities.append(float(state.blocks["listed"] / state.blocks["all"]) if state.blocks else None)
+    lists = [min(j + 1, budget) for j in range(10) for budget in (4,)]
+    assert densities[:2] == densities[8:] == [None, None]
+    assert densities[5:8] == pytest.approx([sum(lists) / 55] * 3)
+    ramp = [x for x in densities[2:6] if x is not None]
+    assert 1 > ramp[0] > ramp[1] > ramp[2] > ramp[3]
+    state.begin(6, 10, 1)
+    sparse.eval()(*inputs, None)
+    assert not state.blocks
+
+
 @pytest.mark.parametrize(
     ("sparse", "error"),
     [
@@ -92,6 +121,8 @@ def test_no_output_knows_the_future(options: dict[str, Any], query_block_size: i
         ({"selector": "pooled", "blocks": 3}, "blocks=3 leaves none to choose: 3 are always seen"),
         ({"selector": "pooled", "blocks": 4, "block_size": 8, "query_block_size": 16}, "4 are always seen"),
         ({"selector": "local", "layers": [1, 0, 1]}, r"sparse_attention\.layers has 3 flags for num_layers=2"),
+        ({"selector": "local", "ramp": 0.1}, "ramp=0.1 needs selector=pooled"),
+        ({"selector": "local", "dense_start": 0.6, "dense_end": 0.5}, "are more than the run"),
         ({"selector": "moba"}, r"model\.sparse_attention\.selector = 'moba'"),
     ],
 )

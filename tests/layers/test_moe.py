@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megasparse import topology
 from megasparse.layers.moe import MoELayer, PostNormMoELayer, local_expert_order
-from megasparse.layers.router import RouterState
+from megasparse.layers.step import StepState
 from megasparse.model import transformer_config
 from megasparse.ops import experts as ops
 from tests import small
@@ -30,7 +30,7 @@ def make(
     assert recipe.model.moe is not None
     config = transformer_config(recipe, place)
     config.params_dtype = dtype
-    layer = kind(config, recipe.model.moe, place, RouterState(seed=1)).to(dtype)
+    layer = kind(config, recipe.model.moe, place, StepState(seed=1)).to(dtype)
     for name, parameter in layer.named_parameters():
         generator = torch.Generator().manual_seed(len(name))
         shape = list(parameter.shape)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megasparse import topology
 from megasparse.config import MoE
-from megasparse.layers.router import Router, RouterState, auxiliary_losses, largest_load
+from megasparse.layers.router import Router, auxiliary_losses, largest_load
+from megasparse.layers.step import StepState
 from tests import small
 from tests.helpers import assert_close, run_distributed
 from tests.test_engine import engine_of
@@ -23,11 +24,11 @@ EXPERTS, HIDDEN, TOKENS = 12, 16, 40
 pytestmark = pytest.mark.usefixtures("single")
 
 
-def make(state: RouterState | None = None, dtype: torch.dtype = torch.float64, **options: Any) -> Router:
+def make(state: StepState | None = None, dtype: torch.dtype = torch.float64, **options: Any) -> Router:
     """A router in training with weights of some size."""
     moe = MoE(**{"num_experts": EXPERTS, "top_k": 3, "ffn_hidden_size": 8, "aux_loss_coefficient": 0.0, **options})
     config = SimpleNamespace(hidden_size=HIDDEN, params_dtype=dtype, tensor_model_parallel_size=1)
-    router = Router(config, moe, state or RouterState(), dist.group.WORLD)
+    router = Router(config, moe, state or StepState(), dist.group.WORLD)
     generator = torch.Generator().manual_seed(3)
     router.weight.data.copy_(torch.randn(moe.num_experts, HIDDEN, generator=generator, dtype=torch.float64) / 2)
     return router.train()
@@ -121,11 +122,11 @@ def test_low_precision_is_routed_in_float32() -> None:
 
 def test_jitter_belongs_to_step_and_token() -> None:
     """The same token gets the same noise in any order, company and run; another one at the next step or layer."""
-    state = RouterState(seed=7)
+    state = StepState(seed=7)
     router = make(state, jitter=0.2, normalize_scores=False)
     x, index = tokens()
     index = index + 1000
-    state.begin(4, 1)
+    state.begin(4, 10, 1)
     once = router(x, index)
     again = router(x, index)
     assert torch.equal(once.weights, again.weights), "a recomputed layer sees the same noise"
@@ -136,9 +137,9 @@ def test_jitter_belongs_to_step_and_token() -> None:
     alone = router(x[7:9], index[7:9])
     assert_close(alone.weights, once.weights[7:9], 1e-12)
     other = {}
-    state.begin(5, 1)
+    state.begin(5, 10, 1)
     other["step"] = router(x, index).weights
-    state.begin(4, 1)
+    state.begin(4, 10, 1)
     router.layer_number = 2
     other["layer"] = router(x, index).weights
     router.layer_number = 1
@@ -199,8 +200,8 @@ def fraction_of(experts: list[list[int]], num_experts: int) -> list[float]:
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_micro_batch_loss(score_function: str) -> None:
     """Two micro-batches, each with its own statistics; the objective is their mean, the record the mean over layers."""
-    state = RouterState()
-    state.begin(0, 2)
+    state = StepState()
+    state.begin(0, 10, 2)
     router = make(state, aux_loss_coefficient=0.03, z_loss_coefficient=0.002, score_function=score_function)
     router.num_moe_layers = 5
     aux, z = [], []
@@ -219,15 +220,15 @@ def test_micro_batch_loss(score_function: str) -> None:
 
 def test_global_batch_loss_uses_the_previous_step() -> None:
     """f is the last step's load, whatever this micro-batch's: the loss is then a plain mean over tokens."""
-    state = RouterState()
+    state = StepState()
     router = make(state, aux_loss_coefficient=0.03, aux_loss_scope="global_batch")
-    state.begin(0, 1)
+    state.begin(0, 10, 1)
     x, index = tokens()
     assert router(x, index).loss.item() == pytest.approx(0.03, rel=1e-6), "uniform load at first: 1, whatever P"
     counts = torch.arange(EXPERTS) ** 2
     router.end_step(counts)
     fraction = [c / sum(i * i for i in range(EXPERTS)) for c in (i * i for i in range(EXPERTS))]
-    state.begin(1, 1)
+    state.begin(1, 10, 1)
     whole = router(x, index).loss
     assert whole.item() == pytest.approx(0.03 * switch_loss(probabilities(router, x), fraction), rel=1e-6)
     parts = [router(x[rows], index[rows]).loss.item() for rows in (slice(0, 20), slice(20, 40))]
@@ -237,8 +238,8 @@ def test_global_batch_loss_uses_the_previous_step() -> None:
 def test_all_layers_loss_equals_transformers() -> None:
     from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-    state = RouterState()
-    state.begin(0, 1)
+    state = StepState()
+    state.begin(0, 10, 1)
     routers = [make(state, aux_loss_coefficient=0.03, aux_loss_scope="all_layers") for _ in range(3)]
     routers[-1].is_last_moe_layer = True
     logits, losses = [], []
@@ -258,7 +259,7 @@ def test_all_layers_loss_equals_transformers() -> None:
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_gradients_of_the_losses(scope: str, score_function: str) -> None:
     """Finite differences in float64, with respect to tokens and router weights, through two layers."""
-    state = RouterState()
+    state = StepState()
     routers = [
         make(
             state,
@@ -277,7 +278,7 @@ def test_gradients_of_the_losses(scope: str, score_function: str) -> None:
     index = torch.arange(6)
 
     def total(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        state.begin(0, 1)
+        state.begin(0, 10, 1)
         loss = x.new_zeros(())
         for router, weight in zip(routers, (first, second), strict=True):
             part = torch.func.functional_call(router, {"weight": weight}, (x, index)).loss
@@ -292,8 +293,8 @@ def test_gradients_of_the_losses(scope: str, score_function: str) -> None:
 def tensor_parallel_losses(scope: str, tp: int) -> dict[str, Any]:
     """The losses of two layers, and the gradients of their weights, with the tokens split over ``tp`` ranks."""
     place = topology.initialize(topology.Layout(tp=tp))
-    state = RouterState()
-    state.begin(0, 1)
+    state = StepState()
+    state.begin(0, 10, 1)
     moe = MoE(
         num_experts=EXPERTS,
         top_k=3,
@@ -334,8 +335,8 @@ def test_tensor_parallel_parts_sum_to_the_whole(scope: str) -> None:
 
 def test_counters_advance_once_under_recompute() -> None:
     """mcore's checkpoint runs a layer twice, the first time without gradients."""
-    state = RouterState(recompute=True)
-    state.begin(0, 1)
+    state = StepState(recompute=True)
+    state.begin(0, 10, 1)
     router = make(state, aux_loss_coefficient=0.1, capacity_factor=0.5)
     x, index = tokens()
     with torch.no_grad():
@@ -475,7 +476,7 @@ def tensor_parallel_keep(policy: str, tp: int) -> dict[int, list[bool]]:
     seq, batch = 10, 4
     moe = MoE(num_experts=EXPERTS, top_k=3, ffn_hidden_size=8, capacity_factor=0.6, drop_policy=policy)  # type: ignore[arg-type]
     config = SimpleNamespace(hidden_size=HIDDEN, params_dtype=torch.float64, tensor_model_parallel_size=tp)
-    router = Router(config, moe, RouterState(), place.tp_cp_group).train()
+    router = Router(config, moe, StepState(), place.tp_cp_group).train()
     router.weight.data.copy_(torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0)))
     x, _ = tokens(seq * batch)
     index = torch.arange(seq * batch).view(batch, seq).t().reshape(-1)  # row s * batch + b is token b * seq + s

@@ -1,0 +1,49 @@
+"""What all layers know of the current step, and what they add up in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class StepState:
+    """The current optimizer step as every layer of this process sees it. Set and read by the engine.
+
+    The objective of a step adds, for each auxiliary loss, its mean over the step's micro-batches.
+    """
+
+    step: int = 0
+    progress: float = 1.0  # the share of the run's steps that are done with this one
+    seed: int = 0
+    num_micro_batches: int = 1
+    recompute: bool = False  # layers run twice: the first time without gradients
+    context_parallel: int = 1  # ranks that share a micro-batch's tokens, over which DeepSpeed averages gradients
+    losses: dict[str, Tensor] = field(default_factory=dict)  # mean over micro-batches and layers, this rank's part
+    blocks: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # key blocks that sparse attention listed, and all there are
+    pooled: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # all_layers: (probs sum, counts) of each layer
+
+    def begin(self, step: int, steps: int, num_micro_batches: int) -> None:
+        """Step ``step`` (from 0) of a run of ``steps``."""
+        self.step, self.progress, self.num_micro_batches = step, (step + 1) / steps, num_micro_batches
+        self.losses.clear()
+        self.blocks.clear()
+        self.pooled.clear()
+
+    def first_pass(self) -> bool:
+        """False in the second run of a recomputed layer: counters advance once."""
+        return not (self.recompute and torch.is_grad_enabled())
+
+    def record(self, name: str, value: Tensor) -> None:
+        if self.first_pass():
+            part = value.detach() / self.num_micro_batches
+            self.losses[name] = self.losses[name] + part if name in self.losses else part
+
+    def count_blocks(self, listed: Tensor, all_: Tensor) -> None:
+        if self.first_pass():
+            for name, value in (("listed", listed), ("all", all_)):
+                self.blocks[name] = self.blocks[name] + value if name in self.blocks else value
