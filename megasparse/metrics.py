@@ -298,6 +298,11 @@ QUALITY = [
     _Shown("dropped_fraction", "dropped", "{:.1f}%", 100),
     _Shown("block_density", "blocks", "{:.1f}%", 100),
 ]
+PANELS = {  # under the loss in the picture: label, colour, least value of the axis
+    "learning_rate": ("learning rate", "#08519c", 0),
+    "expert_load": ("expert load\nmax / mean", "#31a354", 1),
+    "block_density": ("attention\nblocks seen", "#756bb1", 0),
+}
 SPEED = [_Shown("tokens_per_second", "tok/s", "{:,.0f}"), _Shown("mfu", "mfu", "{:.1f}%", 100)]
 
 
@@ -354,7 +359,7 @@ def plot_loss(run_dir: Path) -> Path:
         points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
-    panels = [key for key in ("learning_rate", "expert_load") if series(key)[0]]
+    panels = [key for key in PANELS if series(key)[0]]
     figure = Figure(figsize=(9, 4 + 1.4 * len(panels)), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1 + len(panels), sharex=True, height_ratios=[4] + [1.2] * len(panels), squeeze=False)[:, 0]
@@ -370,9 +375,10 @@ def plot_loss(run_dir: Path) -> Path:
     axes[0].set_title(run_dir.name, loc="left")
     for axis, key in zip(axes[1:], panels, strict=True):
         steps, values = series(key)
-        axis.plot(steps, values, color="#08519c" if key == "learning_rate" else "#31a354", linewidth=1.2)
-        axis.set_ylabel("learning rate" if key == "learning_rate" else "expert load\nmax / mean")
-        axis.set_ylim(bottom=0 if key == "learning_rate" else 1)
+        label, color, bottom = PANELS[key]
+        axis.plot(steps, values, color=color, linewidth=1.2)
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=bottom)
         axis.ticklabel_format(axis="y", scilimits=(-3, 3))
     for axis in axes:
         axis.grid(alpha=0.25)
