@@ -130,12 +130,9 @@ def grouped_queries(grid: Grid, q: Tensor, kv_heads: int) -> Tensor:
 
 @torch.no_grad()
 def mean_by_block(x: Tensor, size: int) -> Tensor:
-    """[batch, seq, heads, dim] -> float32 [batch, heads, blocks, dim]; the last block's mean is of what there is."""
-    seq = x.shape[1]
-    x = F.pad(x.float(), (0, 0, 0, 0, 0, -seq % size)).unflatten(1, (-1, size)).sum(2)
-    counts = torch.full((x.shape[1],), float(size), device=x.device)
-    counts[-1] -= -seq % size
-    return (x / counts.view(-1, 1, 1)).transpose(1, 2)
+    """[batch, seq, heads, dim] -> float32 [batch, heads, blocks, dim]; a ragged last block, which no score is of, is
+    filled up with zeros."""
+    return F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size)).mean(2).transpose(1, 2)
 
 
 @torch.no_grad()
