@@ -37,7 +37,7 @@ def tensors(seq: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def random_mask(seq: int, density: float, block: int, query_block: int) -> BlockMask:
-    """As many blocks a query as the density of all causal pairs allows, but no more than there are; the own one."""
+    """As many blocks a query as give the density, but no more than there are; the own one among them."""
     blocks = seq // block
     own = torch.arange(seq // query_block) * query_block // block
     per_query = _per_query(own + 1, density)
@@ -51,10 +51,9 @@ def random_mask(seq: int, density: float, block: int, query_block: int) -> Block
 
 
 def _per_query(available: Tensor, density: float) -> int:
-    """The most blocks a query for which the sum of min(blocks, available) is at most ``density`` of all pairs."""
-    total = int(available.sum())
+    """The fewest blocks a query for which the sum of min(blocks, available) is at least ``density`` of all pairs."""
     n = 1
-    while n < int(available.max()) and int(available.clamp(max=n + 1).sum()) <= density * total:
+    while int(available.clamp(max=n).sum()) < density * int(available.sum()):
         n += 1
     return n
 
