@@ -17,7 +17,7 @@ from torch import Tensor
 from megasparse.ops.block_sparse import cpu, naive
 from megasparse.ops.block_sparse.blocks import BlockMask
 
-__all__ = ["BlockMask", "block_sparse_attention"]
+__all__ = ["BlockMask", "block_mass", "block_sparse_attention"]
 
 
 def block_sparse_attention(
@@ -63,6 +63,40 @@ def block_sparse_attention(
             raise ValueError(f"backend={backend!r}: use 'auto', 'naive', 'cpu' or 'triton'")
     output, lse = attend(q, k, v, mask, causal, scale, document_ids, block_bias)
     return (output, lse) if return_lse else output
+
+
+@torch.no_grad()
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    mask: BlockMask,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    document_ids: Tensor | None = None,
+    backend: Literal["auto", "naive", "cpu"] = "auto",
+) -> Tensor:
+    """The share of a query's attention that each listed block gets, sum over its keys of exp(logit - lse): the largest
+    of a query block's queries and of the group's heads (what SeerAttention's gate learns, arXiv 2410.13276).
+
+    q, k, mask, causal, scale, document_ids: as in block_sparse_attention, whose ``lse`` [batch, seq, heads] this takes;
+    the lists may be others, so that a second pass over few blocks measures them by all. Returns [batch, kv_heads,
+    q_blocks, max_blocks], float32 or float64, in the places of mask.index, zero after a list's end. Not differentiable.
+    There is no Triton kernel yet: on CUDA say backend="naive".
+    """
+    _check(q, k, k, mask, document_ids, None)
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse {list(lse.shape)} must be [batch, seq, heads] = {list(q.shape[:3])}")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if backend == "auto" and q.device.type == "cpu":
+        backend = "cpu"
+    match backend:
+        case "naive":
+            return naive.block_mass(q, k, lse, mask, causal, scale, document_ids)
+        case "cpu":
+            return cpu.block_mass(q, k, lse, mask, causal, scale, document_ids)
+    raise ValueError(f"backend={backend!r} on {q.device}: use 'naive', or 'cpu' for CPU tensors")
 
 
 def _check(

@@ -191,6 +191,30 @@ void forward(const Problem& p, const Lists& lists, const T* q, const T* kt, cons
   });
 }
 
+// The share of its weights that a row gives to each listed key block, the largest of the rows of a query block.
+template <typename T>
+void masses(const Problem& p, const Lists& lists, const T* q, const T* kt, const T* lse, T* mass) {
+  for_each(p.heads * p.q_blocks, [&](int64_t task) {
+    int64_t head = task / p.q_blocks, qb = task % p.q_blocks, w = p.block;
+    thread_local std::vector<T> buffer;
+    buffer.resize(ROWS * w);
+    T* logits = buffer.data();
+    for (int64_t first = 0; first < p.rows; first += ROWS) {
+      int64_t rows = std::min(ROWS, p.rows - first);
+      for (int32_t i = 0; i < lists.count[task]; ++i) {
+        T& largest = mass[task * lists.longest + i];
+        logits_of<T>(p, q, kt, nullptr, head, qb, first, rows, lists.index[task * lists.longest + i], logits);
+        for (int64_t r = 0; r < rows; ++r) {
+          T total = 0, shift = lse[task * p.rows + first + r];
+#pragma omp simd reduction(+ : total)
+          for (int64_t j = 0; j < w; ++j) total += exponential(logits[r * w + j] - shift);
+          largest = std::max(largest, total);
+        }
+      }
+    }
+  });
+}
+
 // delta = dO O - dlse of every row: what the sum of its weights takes from each logit's gradient.
 template <typename T>
 void deltas(const Problem& p, const T* out, const T* dout, const T* dlse, T* delta) {
@@ -340,9 +364,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(
   return {dq, dk, dv, dbias};
 }
 
+Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& kt, const Tensor& count, const Tensor& index,
+                  const Tensor& lse, int64_t kv_heads, int64_t query_block, int64_t queries, int64_t keys, bool causal,
+                  const std::optional<Tensor>& documents) {
+  Tensor mass = at::zeros_like(index, q.options());
+  Problem p = problem(q, k, kv_heads, query_block, queries, keys, causal, documents);
+  AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "block_sparse_block_mass", [&] {
+    using T = scalar_t;
+    masses(p, Lists(count, index), pointer<T>(q), pointer<T>(kt), pointer<T>(lse), mass.mutable_data_ptr<T>());
+  });
+  return mass;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(megasparse_block_sparse, m) {
   m.def("attend", &attend);
   m.def("attend_backward", &attend_backward);
+  m.def("block_mass", &block_mass);
 }

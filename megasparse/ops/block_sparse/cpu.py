@@ -33,6 +33,20 @@ def block_sparse_attention(
     return _Attend.apply(q, k, v, block_bias, mask, causal, scale, document_ids)  # type: ignore[no-any-return]
 
 
+@torch.no_grad()
+def block_mass(
+    q: Tensor, k: Tensor, lse: Tensor, mask: BlockMask, causal: bool, scale: float, document_ids: Tensor | None
+) -> Tensor:
+    """See ``block_sparse.block_mass``."""
+    keys, lists = _by_key_block(k, mask, scale), (mask.count.contiguous(), mask.index.contiguous())
+    documents = None if document_ids is None else document_ids.long().contiguous()
+    settings = (k.shape[2], mask.query_block_size, q.shape[1], k.shape[1], causal, documents)
+    shift = lse.masked_fill(lse == -torch.inf, torch.inf).to(keys.dtype).unsqueeze(-1)
+    rows = _by_query_block(shift, mask, k.shape[2], fill=torch.inf).contiguous()
+    queries = _by_query_block(q, mask, k.shape[2])
+    return _operators().block_mass(queries, keys, _transposed(keys), *lists, rows, *settings).view(mask.index.shape)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,16 +108,16 @@ def _operators() -> Any:
     return torch.ops.megasparse_block_sparse
 
 
-def _by_query_block(x: Tensor, mask: BlockMask, kv_heads: int) -> Tensor:
+def _by_query_block(x: Tensor, mask: BlockMask, kv_heads: int, fill: float = 0.0) -> Tensor:
     """[batch, seq, heads, dim] -> [batch * kv_heads, q_blocks, query_block_size * group, dim], float32 at least; the
-    last block is filled up with zeros."""
+    last block is filled up with ``fill``."""
     batch, seq, heads, dim = x.shape
     blocks, size = mask.count.shape[2], mask.query_block_size
     rows = x.new_empty(
         batch, kv_heads, blocks * size, heads // kv_heads, dim, dtype=torch.promote_types(x.dtype, torch.float32)
     )
     rows[:, :, :seq] = x.unflatten(2, (kv_heads, -1)).transpose(1, 2)  # one pass over memory
-    rows[:, :, seq:] = 0
+    rows[:, :, seq:] = fill
     return rows.view(batch * kv_heads, blocks, -1, dim)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megasparse.ops.block_sparse import BlockMask, block_sparse_attention
+from megasparse.ops.block_sparse import BlockMask, block_mass, block_sparse_attention
 from tests.helpers import assert_close
 from tests.ops.block_sparse.cases import random_mask, results, tensors
 
@@ -46,6 +46,27 @@ def test_cpu_is_the_definition(case: tuple[int, ...], causal: bool, documents: b
     ours, exact = (results(backend, q, k, v, mask, **options) for backend in ("cpu", "naive"))
     assert torch.equal(ours.pop("empty"), exact.pop("empty"))
     assert_close(ours, exact, 1e-11)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_block_mass(case: tuple[int, ...], causal: bool, documents: bool) -> None:
+    """Of some of the blocks, by the log-sum-exp of all: against the definition, and that with every block listed a
+    single head's shares are one in sum."""
+    batch, queries, keys, heads, kv_heads, block, query_block = case
+    q, k, v = tensors(batch, queries, keys, heads, kv_heads, 8)
+    ids = torch.randint(0, 3, (batch, keys), generator=torch.Generator().manual_seed(4)).sort(1).values
+    options: dict[str, Any] = {"causal": causal, "document_ids": ids if documents else None}
+    full, some = (random_mask(q, k, block, query_block, density) for density in (1.0, 0.4))
+    _, lse = block_sparse_attention(q, k, v, full, return_lse=True, **options)
+    for mask in (full, some):
+        ours, exact = (block_mass(q, k, lse, mask, backend=backend, **options) for backend in ("cpu", "naive"))
+        assert ours.shape == mask.index.shape
+        assert_close(ours, exact, 1e-11)
+        assert (ours[~mask.listed()] == 0).all()
+    if heads == kv_heads and query_block == 1:
+        assert_close(block_mass(q, k, lse, full, **options).sum(-1), torch.ones(mask.count.shape), 1e-11)
 
 
 @pytest.mark.parametrize(
