@@ -109,19 +109,23 @@ class MoE(Section):
 class SparseAttention(Section):
     """Block-sparse attention: each query, or block of queries, sees some blocks of keys (layers/selectors.py)."""
 
-    selector: Literal["local", "strided", "pooled"]
+    selector: Literal["local", "strided", "pooled", "gate"]
     block_size: PositiveInt = 64  # keys of a block
     query_block_size: PositiveInt = 1  # queries that share a list; 1: each has its own
-    blocks: PositiveInt | None = None  # pooled: that a query sees in all
+    blocks: PositiveInt | None = None  # pooled and gate: that a query sees in all
     mass: Annotated[float, Field(gt=0, le=1)] | None = None
-    """pooled: no more of the chosen blocks than have this share of the softmax over scores; None: all."""
+    """pooled and gate: no more of the chosen blocks than have this share of the softmax over scores; None: all."""
     stride: PositiveInt = 8  # strided: every so many blocks, shifted by head
     local_blocks: PositiveInt = 2  # always seen: the own one and those right before it
     sink_blocks: int = Field(default=1, ge=0)  # always seen: the first of the sequence
+    gate_dim: PositiveInt = 64  # gate: width of its queries and keys
+    gate_loss_coefficient: PositiveFloat = 0.1
     layers: Literal["all"] | list[Literal[0, 1]] = "all"  # one flag per layer; the others are dense
     dense_start: Fraction = 0.0  # share of the run's steps, at its beginning, with dense attention
     dense_end: Fraction = 0.0  # and at its end
-    ramp: Fraction = 0.0  # pooled: share of the steps, after dense_start, in which all blocks become ``blocks``
+    ramp: Fraction = (
+        0.0  # pooled and gate: share of the steps, after dense_start, in which all blocks become ``blocks``
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SparseAttention:
@@ -129,15 +133,20 @@ class SparseAttention(Section):
             raise ValueError(
                 f"dense_start={self.dense_start} + ramp={self.ramp} + dense_end={self.dense_end} are more than the run"
             )
-        if self.ramp > 0 and self.selector != "pooled":
-            raise ValueError(f"ramp={self.ramp} needs selector=pooled, not {self.selector}: the others have no budget")
-        if (self.selector == "pooled") != (self.blocks is not None):
+        chooses = self.selector in ("pooled", "gate")
+        if self.ramp > 0 and not chooses:
+            raise ValueError(f"ramp={self.ramp} needs selector=pooled or gate: {self.selector} has no budget")
+        if chooses != (self.blocks is not None):
             raise ValueError(
                 f"blocks={self.blocks} with selector={self.selector}: set blocks, how many a query sees in all, for "
-                "pooled alone"
+                "pooled and gate alone"
             )
-        if self.mass is not None and self.selector != "pooled":
-            raise ValueError(f"mass={self.mass} needs selector=pooled, not {self.selector}")
+        if self.mass is not None and not chooses:
+            raise ValueError(f"mass={self.mass} needs selector=pooled or gate, not {self.selector}")
+        if self.selector == "gate" and self.query_block_size > 1:
+            raise ValueError(
+                f"query_block_size={self.query_block_size}: selector=gate chooses for single queries, set 1"
+            )
         always = self.sink_blocks + self.local_blocks + max(0, math.ceil(self.query_block_size / self.block_size) - 1)
         if self.blocks is not None and self.blocks <= always:
             raise ValueError(

@@ -26,8 +26,7 @@ from torch import Tensor
 from megasparse import platform
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
-from megasparse.layers.router import auxiliary_losses
-from megasparse.layers.step import StepState
+from megasparse.layers.step import StepState, auxiliary_losses
 from megasparse.model import GPTModel, Weight, local_weights, moe_layers
 from megasparse.topology import MegatronMPU, Topology
 
@@ -332,7 +331,7 @@ class Engine:
     def _reduce_statistics(self, losses: list[Tensor], tokens: float) -> _Statistics:
         """The global batch's statistics from every rank's part: one all-reduce over the world."""
         model, moe = self.recipe.model, self.recipe.model.moe
-        names = auxiliary_losses(moe) if moe else []
+        names = auxiliary_losses(model)
         counts = torch.zeros(model.num_layers, (moe.num_experts if moe else 0) + 1)
         for layer, mixture in self._moe:
             counts[layer] = mixture.router.counts

@@ -65,6 +65,8 @@ def parameter_count(model: Model, vocab_size: int, seq_length: int) -> Parameter
         embeddings += (model.max_position_embeddings or seq_length) * hidden
     sparse_layers = sum(model.moe_layers)
     total = embeddings + norm + model.num_layers * attention + (model.num_layers - sparse_layers) * dense
+    if (sparse := model.sparse_attention) and sparse.selector == "gate":
+        total += sum(model.sparse_layers) * sparse.gate_dim * (query + 3 * key_value)
     active = total
     if moe := model.moe:
         expert = 3 * hidden * moe.ffn_hidden_size

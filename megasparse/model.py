@@ -224,7 +224,7 @@ def _core_attention(model: Model, index: int, topology: Topology, state: StepSta
         return CoreAttention
     params = {
         **{"sparse": model.sparse_attention, "state": state},
-        **{"tp_rank": topology.tp_rank, "kv_heads": model.kv_heads},
+        **{"tp_rank": topology.tp_rank, "kv_heads": model.kv_heads, "num_gates": sum(model.sparse_layers)},
     }
     return ModuleSpec(module=BlockSparseAttention, params=params)
 

@@ -26,7 +26,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megasparse.config import Data, DataSet, Logging, Model, MoE, Recipe, SparseAttention, Training, load_recipe
+from megasparse.config import (
+    Data,
+    DataSet,
+    Logging,
+    Model,
+    MoE,
+    Recipe,
+    SparseAttention,
+    Training,
+    load_recipe,
+    parse_recipe,
+)
 from megasparse.metrics import (
     MetricsLogger,
     _clock,
@@ -38,6 +49,9 @@ from megasparse.metrics import (
     read_metrics,
     write_environment,
 )
+from megasparse.model import build_model
+from tests import small
+from tests.helpers import run_distributed
 
 VOCAB, SEQ = 96, 24
 SIZES: dict[str, Any] = {
@@ -128,6 +142,22 @@ def test_flops_are_those_counted_in_transformers(make):
     by_module = counter.get_flop_counts()
     rotary = sum(sum(flops.values()) for name, flops in by_module.items() if name.endswith("rotary_emb"))
     assert flops_per_token(model, VOCAB, 1) * 64 == counter.get_total_flops() - rotary
+
+
+def test_parameters_of_gates_are_those_of_the_model():
+    """Counted in the model that is built, of two layers one sparse."""
+    (built,) = run_distributed(count_parameters, 1, GATED.model_dump(mode="json"))
+    plain = parameter_count(GATED.model.model_copy(update={"sparse_attention": None}), VOCAB, SEQ)
+    assert built == parameter_count(GATED.model, VOCAB, SEQ).total > plain.total
+
+
+GATED = small.recipe({"sparse_attention": {"selector": "gate", "blocks": 8, "gate_dim": 5, "layers": [0, 1]}})
+
+
+def count_parameters(raw: dict) -> int:
+    recipe = parse_recipe(raw)
+    chunks, _ = build_model(recipe, small.start(recipe), VOCAB)
+    return sum(parameter.numel() for parameter in chunks.parameters())
 
 
 def test_attention_flops_are_causal():

@@ -197,6 +197,12 @@ SPARSE = {
         data={"document_mask": True},
     ),
     "pooled by query blocks": small.recipe({"sparse_attention": {**POOLED, "query_block_size": 4}}, MOE),
+    "gate": small.recipe(
+        {"sparse_attention": {**POOLED, "selector": "gate", "gate_dim": 8, "dense_start": 0.1}},
+        MOE,
+        {"micro_batch_size": 1},
+        data={"document_mask": True},
+    ),
     "strided": small.recipe(
         {"sparse_attention": {"selector": "strided", "block_size": 2, "query_block_size": 3, "stride": 5}}, MOE
     ),
@@ -207,6 +213,7 @@ SPARSE = {
     ("sparse", "layout"),
     [
         *[("pooled", layout) for layout in ("tp2+sp", "pp2vp2", "cp2", "ep2", "dp2+zero2", "tp2cp2", "tp2pp2ep2")],
+        *[("gate", layout) for layout in ("tp2+sp", "pp2", "cp2", "ep2", "dp2+zero2", "dp2", "tp2cp2")],
         *[("pooled by query blocks", layout) for layout in ("tp2", "dp2")],
         *[("strided", layout) for layout in ("tp2+sp", "cp2", "pp2ep2")],
     ],

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from megasparse.config import SparseAttention
 from megasparse.layers import selectors
 from megasparse.layers.attention import CoreAttention
+from megasparse.layers.gate import AttentionGate, gate_loss
 from megasparse.layers.selectors import Grid
 from megasparse.layers.step import StepState
-from megasparse.ops.block_sparse import BlockMask, block_sparse_attention
+from megasparse.ops.block_sparse import BlockMask, block_mass, block_sparse_attention
 from megasparse.schedule import attention_blocks
 
 
@@ -27,31 +30,51 @@ class BlockSparseAttention(CoreAttention):
         state: StepState,
         tp_rank: int,
         kv_heads: int,
+        num_gates: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, *args, **kwargs)
         self.sparse, self.state, self.kv_heads = sparse, state, kv_heads
+        self.num_gates = num_gates
         self.first_head = tp_rank * (kv_heads // config.tensor_model_parallel_size)
         self.grid = Grid(sparse.block_size, sparse.query_block_size, sparse.local_blocks, sparse.sink_blocks)
+        self.gate: AttentionGate | None = None
+        if sparse.selector == "gate":
+            local_heads = kv_heads // config.tensor_model_parallel_size
+            group = config.num_attention_heads // kv_heads
+            self.gate = AttentionGate(config, local_heads, group, sparse.gate_dim)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, start: int) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [batch, seq, heads, head_dim]
-        whole = k.shape[1] if self.context_parallel == 1 else 2 * self.context_parallel * q.shape[1]
-        budget = attention_blocks(self.state.progress, self.sparse, math.ceil(whole / self.grid.block_size))
-        if budget is None:
+        seq = k.shape[1] if self.context_parallel == 1 else 2 * self.context_parallel * q.shape[1]
+        blocks = math.ceil(seq / self.grid.block_size)
+        budget = attention_blocks(self.state.progress, self.sparse, blocks)
+        if budget is None and (self.gate is None or not self.training):
             return super()._attend(query, key, value, document_ids, start)
-        mask = self.select(q, k, budget)
+        gated = self.gate(q, k, self.grid.block_size) if self.gate is not None else None
+        mask = self.select(q, k, blocks if budget is None else budget, gated)
+        first, last = self.grid.own(q.shape[1], k.shape[1] - q.shape[1], k.device)
         if self.training:
-            _, last = self.grid.own(q.shape[1], k.shape[1] - q.shape[1], k.device)
             self.state.count_blocks(mask.count.sum(), (last + 1).sum() * len(k) * k.shape[2])
         documents = None if document_ids is None else document_ids[:, : k.shape[1]]
-        output = block_sparse_attention(q, k, v, mask, scale=self.scale, document_ids=documents)
-        assert isinstance(output, Tensor)
+        output, lse = block_sparse_attention(q, k, v, mask, scale=self.scale, document_ids=documents, return_lse=True)
+        if self.training and gated is not None:
+            mass = block_mass(q, k, lse, mask, scale=self.scale, document_ids=documents)
+            scores = torch.einsum("bhqd,bhkd->bhqk", *gated)
+            output = self._add_loss(output, gate_loss(scores, mask, mass, first) / (len(q) * self.kv_heads * seq))
         return output.transpose(1, 2)
 
-    def select(self, q: Tensor, k: Tensor, budget: int) -> BlockMask:
+    def _add_loss(self, output: Tensor, loss: Tensor) -> Tensor:
+        """``loss`` is the part of this rank's heads and queries: parts sum to the micro-batch's mean."""
+        self.state.record("gate_loss", loss / self.num_gates)
+        scale = self.state.context_parallel / self.state.num_micro_batches  # DeepSpeed's average divides by the first
+        if not loss.requires_grad:
+            return output
+        return MoEAuxLossAutoScaler.apply(output, loss * (self.sparse.gate_loss_coefficient * scale))
+
+    def select(self, q: Tensor, k: Tensor, budget: int, gated: tuple[Tensor, Tensor] | None = None) -> BlockMask:
         """The blocks that queries [batch, seq, heads, head_dim] see, the last ones of keys [batch, keys, kv_heads,
-        head_dim]; ``budget`` of them for each query, if the selector has one."""
+        head_dim]; ``budget`` of them for each query, if the selector has one. gated: what the gate makes of them."""
         match self.sparse.selector:
             case "local":
                 return selectors.local(self.grid, q, k)
@@ -59,3 +82,6 @@ class BlockSparseAttention(CoreAttention):
                 return selectors.strided(self.grid, q, k, self.sparse.stride, self.first_head, self.kv_heads)
             case "pooled":
                 return selectors.pooled(self.grid, q, k, budget, self.sparse.mass)
+            case "gate":
+                assert gated is not None
+                return selectors.scored(self.grid, q, k, *gated, budget, self.sparse.mass)

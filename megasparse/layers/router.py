@@ -168,12 +168,6 @@ class Router(nn.Module):
         self.counts.zero_()
 
 
-def auxiliary_losses(moe: MoE) -> list[str]:
-    """Names of the losses that routers record."""
-    coefficients = {"load_balance_loss": moe.aux_loss_coefficient, "z_loss": moe.z_loss_coefficient}
-    return [name for name, coefficient in coefficients.items() if coefficient > 0]
-
-
 def largest_load(counts: Tensor) -> float:
     """How uneven the worst layer is: max over layers of (largest / mean tokens per expert). counts: [layers, E]."""
     mean = counts.double().mean(-1)

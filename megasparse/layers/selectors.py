@@ -85,11 +85,17 @@ def pooled(grid: Grid, q: Tensor, k: Tensor, budget: int, mass: float | None = N
 
     q [batch, seq, heads, head_dim], k [batch, keys, kv_heads, head_dim]; see ``choose`` for budget and mass.
     """
-    queries, means = grouped_queries(grid, q, k.shape[2]), mean_by_block(k, grid.block_size)
-    scale = 1 / math.sqrt(q.shape[-1])
+    queries = grouped_queries(grid, q, k.shape[2]) / math.sqrt(q.shape[-1])
+    return scored(grid, q, k, queries, mean_by_block(k, grid.block_size), budget, mass)
+
+
+def scored(
+    grid: Grid, q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, budget: int, mass: float | None
+) -> BlockMask:
+    """score(t, j) = <queries_t, keys_j>: float32 [batch, kv_heads, seq, dim] and [batch, kv_heads, k_blocks, dim]."""
 
     def score(part: slice) -> Tensor:
-        return torch.einsum("bhqd,bhkd->bhqk", queries[:, :, part], means) * scale
+        return torch.einsum("bhqd,bhkd->bhqk", queries[:, :, part], keys)
 
     return choose(grid, score, q, k, budget, mass)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megasparse.config import Model
+
 
 @dataclass
 class StepState:
@@ -47,3 +49,13 @@ class StepState:
         if self.first_pass():
             for name, value in (("listed", listed), ("all", all_)):
                 self.blocks[name] = self.blocks[name] + value if name in self.blocks else value
+
+
+def auxiliary_losses(model: Model) -> list[str]:
+    """Names of the losses that layers record."""
+    coefficients = {}
+    if model.moe is not None:
+        coefficients |= {"load_balance_loss": model.moe.aux_loss_coefficient, "z_loss": model.moe.z_loss_coefficient}
+    if model.sparse_attention is not None and model.sparse_attention.selector == "gate":
+        coefficients["gate_loss"] = model.sparse_attention.gate_loss_coefficient
+    return [name for name, coefficient in coefficients.items() if coefficient > 0]

@@ -91,10 +91,10 @@ def _shrink_sparse_attention(model: dict[str, Any], recipe: Recipe, layers: int)
     """Blocks so small that the short sequence has many, and as few to see that some are left out."""
     sparse, before = model["sparse_attention"], recipe.model.sparse_attention
     assert before is not None
-    for name, most in (("block_size", BLOCK), ("query_block_size", BLOCK), ("local_blocks", 2), ("sink_blocks", 1)):
-        sparse[name] = min(sparse[name], most)
+    most = {"block_size": BLOCK, "query_block_size": BLOCK, "local_blocks": 2, "sink_blocks": 1, "stride": 3}
+    for name, value in (most | {"gate_dim": HEAD_DIM}).items():
+        sparse[name] = min(sparse[name], value)
     sparse.update(dense_start=0.0, dense_end=0.0, ramp=0.0)
-    sparse["stride"] = min(sparse["stride"], 3)
     if before.blocks is not None:
         always = sparse["local_blocks"] + sparse["sink_blocks"] + sparse["query_block_size"] // sparse["block_size"]
         sparse["blocks"] = min(before.blocks, always + 1)

@@ -31,7 +31,8 @@ SELECTORS: list[dict[str, Any]] = [
 def modules(state: StepState | None = None, **sparse: Any) -> tuple[CoreAttention, BlockSparseAttention]:
     """Dense and block-sparse core attention of the same size."""
     config = SimpleNamespace(
-        kv_channels=8, attention_dropout=0.0, context_parallel_size=1, tensor_model_parallel_size=1
+        **{"kv_channels": 8, "num_attention_heads": 4, "params_dtype": torch.float32, "attention_dropout": 0.0},
+        **{"context_parallel_size": 1, "tensor_model_parallel_size": 1},
     )
     arguments: Any = (config, 1, AttnMaskType.causal, "self")
     made = SparseAttention(**{"block_size": 8, **sparse})
@@ -118,12 +119,13 @@ def test_schedule_and_density() -> None:
     [
         ({"selector": "pooled"}, r"model\.sparse_attention: blocks=None with selector=pooled"),
         ({"selector": "local", "blocks": 4}, "blocks=4 with selector=local"),
-        ({"selector": "local", "mass": 0.5}, "mass=0.5 needs selector=pooled"),
+        ({"selector": "local", "mass": 0.5}, "mass=0.5 needs selector=pooled or gate"),
         ({"selector": "pooled", "blocks": 3}, "blocks=3 leaves none to choose: 3 are always seen"),
         ({"selector": "pooled", "blocks": 4, "block_size": 8, "query_block_size": 16}, "4 are always seen"),
         ({"selector": "local", "layers": [1, 0, 1]}, r"sparse_attention\.layers has 3 flags for num_layers=2"),
-        ({"selector": "local", "ramp": 0.1}, "ramp=0.1 needs selector=pooled"),
+        ({"selector": "local", "ramp": 0.1}, "ramp=0.1 needs selector=pooled or gate"),
         ({"selector": "local", "dense_start": 0.6, "dense_end": 0.5}, "are more than the run"),
+        ({"selector": "gate", "blocks": 9, "query_block_size": 2}, "gate chooses for single queries, set 1"),
         ({"selector": "moba"}, r"model\.sparse_attention\.selector = 'moba'"),
     ],
 )

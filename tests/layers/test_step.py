@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megasparse.layers.step import StepState
+from megasparse.layers.step import StepState, auxiliary_losses
+from tests import small
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -23,3 +24,15 @@ def test_each_micro_batch_counts_once(recompute: bool) -> None:
                     state.count_blocks(torch.tensor(value), torch.tensor(10))
         assert state.losses == {"loss": 2.0}
         assert state.blocks == {"listed": 4.0, "all": 20}
+
+
+def test_the_losses_of_a_model() -> None:
+    gate = {"sparse_attention": {"selector": "gate", "blocks": 8}}
+    assert auxiliary_losses(small.recipe().model) == []
+    assert auxiliary_losses(small.recipe(gate).model) == ["gate_loss"]
+    assert auxiliary_losses(small.recipe(gate, {"z_loss_coefficient": 0.1}).model) == [
+        "load_balance_loss",
+        "z_loss",
+        "gate_loss",
+    ]
+    assert auxiliary_losses(small.recipe(moe={"aux_loss_coefficient": 0.0}).model) == []
