@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from megasparse import platform
@@ -153,6 +154,8 @@ class Engine:
         parts = [batch.context_part(place.cp_rank, place.cp) for batch in batches]
         chunks = list(self.chunks)
         self._started = 0
+        # megatron-core scales auxiliary losses where the model has experts: a dense one's gates have a loss too.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = torch.full((1,), self.loss_scale(), device=platform.device())
         return get_forward_backward_func()(
             forward_step_func=lambda iterator, model: self._forward(next(iterator), model, scale, len(batches)),
             data_iterator=[iter(parts) for _ in chunks] if place.vp > 1 else iter(parts),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from megasparse import topology
 from megasparse.config import Recipe
@@ -16,7 +17,7 @@ from megasparse.engine import Engine
 from megasparse.generate import generate
 from megasparse.model import build_model, local_weights
 from tests import oracle, small
-from tests.helpers import run_distributed
+from tests.helpers import assert_close, run_distributed
 
 GPT2 = {
     "num_query_groups": 4,
@@ -186,6 +187,29 @@ def test_recompute_changes_nothing_and_counts_once(single: topology.Topology) ->
         assert recomputed.aux_losses == pytest.approx(plain.aux_losses, rel=1e-6)
         assert torch.equal(recomputed.expert_tokens, plain.expert_tokens)
         assert plain.expert_tokens.sum() == 2 * 2 * 8 * small.SEQ  # layers x top_k x tokens of the global batch
+
+
+def test_a_gate_of_a_dense_model_has_its_loss_times_the_scale(single: topology.Topology) -> None:
+    """In fp16 its gradients over the scale are float32's."""
+    found = {}
+    for name in ("fp16", "fp32"):
+        recipe = small.recipe(
+            {"sparse_attention": {"selector": "gate", "blocks": 4, "block_size": 4}, "init_std": 0.3},
+            training={"precision": name, "loss_scale": 512.0},
+            optimizer={"clip_grad": 0.0},
+        )
+        engine = engine_of(recipe, single)
+        found[name] = gradients = {}
+
+        def before_step(engine: Engine = engine, gradients: dict[str, Tensor] = gradients) -> None:
+            for fragment in engine.fragments():
+                if ".gate." in fragment.weight.name and fragment.gradient is not None:
+                    gradients[fragment.weight.name] = fragment.gradient.float() / engine.loss_scale()
+
+        engine.before_step = before_step
+        engine.train_step(small.batches(recipe, 0), 0, 1e-3)
+    assert len(found["fp32"]) == 4
+    assert_close(found["fp16"], found["fp32"], 5e-3)
 
 
 def test_weights_do_not_depend_on_build_order(single: topology.Topology) -> None:
