@@ -62,13 +62,15 @@ def train(raw: dict[str, Any], masked: bool) -> dict[str, Any]:
 def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
     """The full weights from every rank's parts. Ranks that hold the same elements hold the same bits."""
     full: dict[str, Tensor] = {}
+    held: dict[str, Tensor] = {}
     for rank in ranks:
         for name, shape, parts in rank["weights"]:
-            tensor = full.setdefault(name, torch.full(shape, torch.nan))
+            tensor, covered = full.setdefault(name, torch.zeros(shape)), held.setdefault(name, torch.zeros(shape) > 0)
             for offsets, part in parts:
                 place = tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))
-                assert ((tensor[place] == part) | tensor[place].isnan()).all(), f"replicas of {name} differ"
-                tensor[place] = part
+                assert (tensor[place] == part)[covered[place]].all(), f"replicas of {name} differ"
+                tensor[place], covered[place] = part, True
+    assert all(covered.all() for covered in held.values())
     return full
 
 
@@ -108,8 +110,9 @@ def compare(recipe: Recipe, layout: str, masked: bool = False, **parallel: Any) 
         assert_close(rank["evaluation"], single["evaluation"], 1e-6, "evaluation")
         for key, value in rank["buffers"].items():
             assert_close(value, single["buffers"][key], 1e-6, key)
-    routes = {key: route for rank in ranks for key, route in rank["routes"].items()}
-    assert routes == single["routes"]
+        assert all(route == single["routes"][key] for key, route in rank["routes"].items())
+    assert set().union(*(rank["routes"] for rank in ranks)) == single["routes"].keys()
+    assert set().union(*(rank["buffers"] for rank in ranks)) == single["buffers"].keys()
     assert_close(whole(ranks), whole([single]), 1e-5)
 
 

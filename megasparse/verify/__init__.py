@@ -53,7 +53,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return all(found.passed for found in [*self.comparisons, *self.rounded])
+        return bool(self.comparisons) and all(found.passed for found in [*self.comparisons, *self.rounded])
 
     def to_json(self) -> str:
         found = [{**asdict(c), "passed": c.passed, "worst": c.worst} for c in self.comparisons]
@@ -93,7 +93,8 @@ def verify(recipe: Recipe, layouts: list[Layout] | None, steps: int, run: Run) -
                 return str(error)
 
         single = train(Layout(zero_stage=0), "fp32")
-        comparisons = [compare(str(o), o.world_size, attempt(o, "fp32"), single) for o in layouts]
+        adam = small.optimizer.lr, small.optimizer.eps
+        comparisons = [compare(str(o), o.world_size, attempt(o, "fp32"), single, *adam) for o in layouts]
         rounded = []
         if partitioned:
             single = train(Layout(), precision)

@@ -14,9 +14,10 @@ TOLERANCE = 1e-5  # float32, after a few steps: sums in another order differ by 
 NOISE = 1e-6
 """A gradient is rounding where its largest element is below this times the norm of all gradients: a key bias's true
 gradient is zero (softmax does not see it), and float32 leaves 1e-8 of the norm. Listed apart, not judged."""
-ROUNDED = {"loss": 3e-3, "auxiliary": 1e-2, "norm": 2e-2, "own norm": 1e-5, "sizes": 5e-2}
+ROUNDED = {"loss": 3e-3, "auxiliary": 1e-2, "norm": 2e-2, "own norm": 1e-5, "sizes": 5e-2, "updates": 5e-2}
 """bf16 and fp16: sums in another order round otherwise, and tokens take other routes. In three recipes and six layouts,
-three steps of one seed, the worst was loss 8e-4, auxiliary 2e-3, norm 6e-3, own norm 6e-7, sizes 9e-3."""
+three steps of one seed, the worst was loss 8e-4, auxiliary 2e-3, norm 6e-3, own norm 6e-7, sizes 9e-3; updates, in two
+recipes and five steps, 3e-3."""
 CAPACITY = 4  # differing routes, noisy gradients and the like that are listed
 
 
@@ -26,16 +27,19 @@ class Whole:
 
     scalars: list[dict[str, float]]
     gradients: list[dict[str, Tensor]]  # of each step, by name; whole tensors
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # and buffers
     routes: dict[tuple[int, int, int], tuple[int, ...]]
     margin: float
+    moved: dict[str, Tensor] = field(default_factory=dict)  # how far the optimizer's weights came in all steps
     contradictions: list[str] = field(default_factory=list)  # what ranks should agree on and do not
 
 
 def assemble(ranks: list[Seen]) -> Whole:
-    """AssertionError if together they hold too little of a tensor."""
+    """AssertionError if they tell of different steps or shapes, or together hold too little of a tensor."""
     scalars = ranks[0].scalars
-    found = []
+    found: list[str] = []
+    for rank in ranks:
+        assert len(rank.scalars) == len(rank.gradients) == len(scalars), "ranks took different numbers of steps"
     if any(repr(rank.scalars) != repr(scalars) for rank in ranks):  # as text: nan is not itself
         found.append("ranks report different losses or norms")
     return Whole(
@@ -45,10 +49,21 @@ def assemble(ranks: list[Seen]) -> Whole:
             for step, own in enumerate(scalars)
         ],
         weights=_tensors([part for rank in ranks for part in rank.weights], "weight", found),
-        routes={key: route for rank in ranks for key, route in rank.routes.items()},
+        routes=_routes(ranks, found),
         margin=min(rank.margin for rank in ranks),
+        moved=_tensors([part for rank in ranks for part in rank.moved], "update", found),
         contradictions=found,
     )
+
+
+def _routes(ranks: list[Seen], contradictions: list[str]) -> dict[tuple[int, int, int], tuple[int, ...]]:
+    """Ranks that route the same token, as tensor-parallel ones do, must agree."""
+    routes: dict[tuple[int, int, int], tuple[int, ...]] = {}
+    for rank in ranks:
+        for key, route in rank.routes.items():
+            if routes.setdefault(key, route) != route:
+                contradictions.append("ranks take different routes in step {}, layer {}, token {}".format(*key))
+    return routes
 
 
 def _tensors(parts: Parts, kind: str, contradictions: list[str], norm: float = 0.0) -> dict[str, Tensor]:
@@ -58,6 +73,7 @@ def _tensors(parts: Parts, kind: str, contradictions: list[str], norm: float = 0
     apart: dict[str, float] = {}
     for name, shape, offsets, part in parts:
         tensor = whole.setdefault(name, torch.zeros(shape))
+        assert tuple(tensor.shape) == tuple(shape), f"ranks disagree on the shape of {name}"
         covered = held.setdefault(name, torch.zeros(shape, dtype=torch.bool))
         place = tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))
         again = (part - tensor[place])[covered[place]]
@@ -122,7 +138,8 @@ class Rounded:
     precision: str
     figures: dict[str, float] = field(default_factory=dict)
     """loss, auxiliary, norm: relative differences, the worst of the steps. own norm: that of the reported
-    norm to the gradients of the same run. sizes: |factor - 1|, the worst group's."""
+    norm to the gradients of the same run. sizes: |factor - 1| of the first step's gradients and |ratio - 1| of every
+    step's norms, the worst group's. updates: both of how far the weights came."""
     factors: dict[str, float] = field(default_factory=dict)  # by group, as Group.factor
     contradictions: list[str] = field(default_factory=list)
     error: str = ""
@@ -146,29 +163,59 @@ def worse(new: float, old: float) -> bool:
     return new > old or (math.isnan(new) and not math.isnan(old))
 
 
-def compare(layout: str, ranks: int, ours: Whole | str, reference: Whole) -> Comparison:
-    """A layout's run, or why it failed, against one process's."""
-    if isinstance(ours, str):
-        return Comparison(layout, ranks, error=ours)
+def misfit(ours: Whole, reference: Whole) -> str:
+    """Why the two cannot be compared; '' if they can."""
+
+    def shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in tensors.items()}
+
+    if len(ours.scalars) != len(reference.scalars):
+        return f"it took {len(ours.scalars)} steps, one process {len(reference.scalars)}"
+    if [step.keys() for step in ours.scalars] != [step.keys() for step in reference.scalars]:
+        return "it reports other losses than one process"
+    for kind, a, b in [
+        ("weights", ours.weights, reference.weights),
+        *[("gradients", a, b) for a, b in zip(ours.gradients, reference.gradients, strict=True)],
+    ]:
+        other = sorted(str(name) for name, _ in shapes(a).items() ^ shapes(b).items())
+        if other:
+            return f"it has other {kind} than one process: {', '.join(other[:CAPACITY])}"
+    return ""
+
+
+def compare(
+    layout: str, ranks: int, ours: Whole | str, reference: Whole, lr: float = 0.0, eps: float = 1.0
+) -> Comparison:
+    """A layout's run, or why it failed, against one process's. lr, eps: Adam's, which say how far a gradient that is
+    rounding can move a weight."""
+    error = ours if isinstance(ours, str) else misfit(ours, reference)
+    if isinstance(ours, str) or error:
+        return Comparison(layout, ranks, error=error)
     result = Comparison(layout, ranks, margin=min(ours.margin, reference.margin), contradictions=ours.contradictions)
     result.scalars = _compare_scalars(ours, reference)
-    assert ours.weights.keys() == reference.weights.keys(), "the layout has other parameters"
+    noise = NOISE * max(step["grad_norm"] for step in reference.scalars)
+    reach = 2 * len(reference.scalars) * lr * min(1.0, noise / eps)
     for name, weight in reference.weights.items():
         group = result.groups.setdefault(group_of(name), Group())
-        gradient = _compare_gradients(result, group, name, ours, reference)
+        gradient = 0.0  # of a buffer
+        if name in reference.gradients[0]:
+            gradient = _compare_gradients(result, group, name, ours, reference)
         difference = _relative(ours.weights[name], weight)
-        if gradient is None:  # its update is rounding too
-            continue
+        if gradient is None:
+            apart = (ours.weights[name].double() - weight.double()).abs().max().item()
+            if apart <= reach + TOLERANCE * weight.abs().max().item():  # its update is rounding too
+                continue
+            gradient = 0.0
         result.tensors[name] = (gradient, difference)
         if worse(difference, group.weight):
             group.weight, group.worst_weight = difference, name
     result.flipped = [
-        f"step {step}, layer {layer}, token {token}"
-        for (step, layer, token), route in reference.routes.items()
-        if ours.routes.get((step, layer, token)) != route
+        "step {}, layer {}, token {}".format(*key)
+        for key in sorted(reference.routes.keys() | ours.routes.keys())
+        if ours.routes.get(key) != reference.routes.get(key)
     ]
     result.first = _first_to_differ(result, ours, reference)
-    for kind, factor in _factors(ours, reference).items():
+    for kind, (factor, _) in _sizes(ours.gradients[0], reference.gradients[0]).items():
         result.groups[kind].factor = factor
     result.diagnosis = "" if result.passed else diagnose(result, ours, reference)
     return result
@@ -176,22 +223,27 @@ def compare(layout: str, ranks: int, ours: Whole | str, reference: Whole) -> Com
 
 def compare_rounded(layout: str, precision: str, ours: Whole | str, reference: Whole) -> Rounded:
     """What rounding leaves: where each rounding differs, sizes still agree."""
-    if isinstance(ours, str):
-        return Rounded(layout, precision, error=ours)
-    scalars, factors = _compare_scalars(ours, reference), _factors(ours, reference)
+    error = ours if isinstance(ours, str) else misfit(ours, reference)
+    if isinstance(ours, str) or error:
+        return Rounded(layout, precision, error=error)
+    scalars, first = _compare_scalars(ours, reference), _sizes(ours.gradients[0], reference.gradients[0])
+    steps = [_sizes(a, b) for a, b in zip(ours.gradients, reference.gradients, strict=True)]
+    ratios = [ratio for sizes in steps for _, ratio in sizes.values()]
+    updates = [size for sizes in _sizes(ours.moved, reference.moved).values() for size in sizes]
     figures = {
         "loss": scalars.pop("loss"),
         "norm": scalars.pop("grad_norm"),
         "auxiliary": worst_of([0.0, *scalars.values()]),
         "own norm": worst_of(
             [
-                abs(own["grad_norm"] / _norm(gradients) - 1)
+                _relative(torch.tensor(own["grad_norm"]), torch.tensor(_norm(gradients)))
                 for own, gradients in zip(ours.scalars, ours.gradients, strict=True)
             ]
         ),
-        "sizes": worst_of([abs(factor - 1) for factor in factors.values()]),
+        "sizes": worst_of([abs(size - 1) for size in [*ratios, *[factor for factor, _ in first.values()]]]),
+        "updates": worst_of([abs(size - 1) for size in updates]),
     }
-    return Rounded(layout, precision, figures, factors, ours.contradictions)
+    return Rounded(layout, precision, figures, {kind: f for kind, (f, _) in first.items()}, ours.contradictions)
 
 
 def _norm(gradients: dict[str, Tensor]) -> float:
@@ -265,15 +317,18 @@ def _first_to_differ(result: Comparison, ours: Whole, reference: Whole) -> str:
     return ""
 
 
-def _factors(ours: Whole, reference: Whole) -> dict[str, float]:
-    """By how much the first step's gradients of each group are too large, in least squares: <a, b> / <b, b>."""
-    products: dict[str, float] = {}
-    squares: dict[str, float] = {}
-    for name, b in reference.gradients[0].items():
-        a, b, kind = ours.gradients[0][name].double(), b.double(), group_of(name)
-        products[kind] = products.get(kind, 0.0) + (a * b).sum().item()
-        squares[kind] = squares.get(kind, 0.0) + b.square().sum().item()
-    return {kind: products[kind] / square if square else 1.0 for kind, square in squares.items()}
+def _sizes(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """By how much each group's tensors are too large: the factor of least squares, <a, b> / <b, b>, and the ratio of
+    norms, |a| / |b|, which sees what is not along b."""
+    sums: dict[str, list[float]] = {}
+    for name, b in reference.items():
+        a, b = ours[name].double(), b.double()
+        products = ((a * b).sum().item(), a.square().sum().item(), b.square().sum().item())
+        sums[group_of(name)] = [x + y for x, y in zip(sums.get(group_of(name), [0.0] * 3), products, strict=True)]
+    return {
+        kind: (ab / bb, math.sqrt(aa / bb)) if bb else (1.0, 1.0) if aa == 0 else (math.inf, math.inf)
+        for kind, (ab, aa, bb) in sums.items()
+    }
 
 
 # What it looks like ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch, make_batch
 from megasparse.engine import Engine
-from megasparse.model import blocks, build_model, local_weights, moe_layers
+from megasparse.model import blocks, build_model, local_buffers, local_weights, moe_layers
 
 Parts = list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]  # name, shape of the whole, offsets, a rectangle
 
@@ -25,7 +25,8 @@ class Seen:
 
     scalars: list[dict[str, float]] = field(default_factory=list)  # of each step: loss, auxiliary losses, grad_norm
     gradients: list[Parts] = field(default_factory=list)  # of each step: reduced, before clipping
-    weights: Parts = field(default_factory=list)  # after the last step
+    weights: Parts = field(default_factory=list)  # after the last step; and buffers
+    moved: Parts = field(default_factory=list)  # how far the optimizer's weights, float32, came in all steps
     routes: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
     """(step, layer, token's number) -> its experts, in ascending order."""
     margin: float = math.inf  # the least distance between the scores of a token's last chosen and first left expert
@@ -54,6 +55,7 @@ def observe(raw: dict[str, Any], steps: int) -> Seen:
         )
 
     engine.before_step = before_step
+    starts = [fragment.master.float().clone() for fragment in engine.fragments()]
     for step in range(steps):
         result = engine.train_step(_batches(recipe, step, place), step, recipe.optimizer.lr)
         seen.scalars.append({"loss": result.loss, **result.aux_losses, "grad_norm": result.grad_norm})
@@ -61,6 +63,16 @@ def observe(raw: dict[str, Any], steps: int) -> Seen:
         (weight.name, weight.shape, offsets, part.float().clone())
         for weight in local_weights(chunks, place)
         for offsets, part in blocks(weight, 0, weight.tensor.detach().reshape(-1))
+    ]
+    seen.weights += [
+        (name, tuple(buffer.shape), (0,) * buffer.dim(), buffer.float().clone())
+        for name, buffer in local_buffers(chunks)
+    ]
+    seen.moved = [
+        (f.weight.name, f.weight.shape, offsets, part)
+        for f, start in zip(engine.fragments(), starts, strict=True)
+        if not f.weight.copy
+        for offsets, part in blocks(f.weight, f.start, f.master.float() - start)
     ]
     return seen
 

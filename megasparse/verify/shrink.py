@@ -10,6 +10,7 @@ from megasparse.topology import Layout
 
 HEAD_DIM, WIDTH, EXPERT_WIDTH, EXPERTS, LAYERS, VOCAB, SEQUENCE, MICRO_BATCH = 16, 96, 48, 8, 4, 251, 32, 2
 EPS = 1e-3
+LR, DECAY, CLIP = 2e-3, 0.1, 0.1
 LOSS_SCALE = 1024.0
 BLOCK = 4  # keys or queries of sparse attention
 UNEVEN = 2.0  # the embedding as so many layers: stages of 1 and 3 in place of 2 and 2
@@ -36,7 +37,11 @@ def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
     _shrink_text(raw, recipe, layouts, tp, cp)
     raw["model"].update(attention_dropout=0.0, hidden_dropout=0.0)
     raw["schedule"] = {"type": "constant"}
-    raw["optimizer"]["eps"] = max(recipe.optimizer.eps, EPS)
+    raw["optimizer"].update(eps=max(recipe.optimizer.eps, EPS), lr=max(recipe.optimizer.lr, LR))
+    if recipe.optimizer.clip_grad:
+        raw["optimizer"]["clip_grad"] = min(recipe.optimizer.clip_grad, CLIP)
+    if recipe.optimizer.weight_decay:
+        raw["optimizer"]["weight_decay"] = max(recipe.optimizer.weight_decay, DECAY)
     if recipe.training.precision == "fp16":
         raw["training"]["loss_scale"] = min(recipe.training.loss_scale, LOSS_SCALE)
     raw["training"]["precision"] = "fp32"
@@ -143,6 +148,9 @@ REASONS = {
     "model.attention_dropout": "its masks follow the ranks",
     "model.hidden_dropout": "its masks follow the ranks",
     "optimizer.eps": "AdamW divides a gradient by its own size: where that is rounding, a small eps makes it an update",
+    "optimizer.lr": "so that what moves weights can be seen in them",
+    "optimizer.weight_decay": "so that it can be seen",
+    "optimizer.clip_grad": "so that it clips",
     "training.precision": "where rounding hides nothing; in the recipe's own after that",
     "training.loss_scale": "a step that overflows is skipped",
     "parallel.layers_per_stage": "layouts have other numbers of stages",
@@ -166,9 +174,10 @@ def _changes(before: dict[str, Any], after: dict[str, Any], path: str = "") -> l
 
 
 def default_layouts(recipe: Recipe) -> list[Layout]:
-    """What the recipe asks for, each dimension at most 2, alone and together; and the layouts everyone should try."""
+    """What the recipe asks for, each dimension by its least prime factor; and the layouts everyone should try."""
     asked = recipe.parallel
-    two = {name: min(2, getattr(asked, name)) for name in ("tp", "pp", "vp", "cp", "ep")}
+    two = {"tp": _least_factor(asked.tp), "pp": _least_factor(asked.pp), "vp": min(2, asked.vp)}
+    two |= {"cp": _least_factor(asked.cp), "ep": _least_factor(asked.ep)}
     flags = (
         "".join(("+sp" * asked.sequence_parallel, f"+zero{asked.zero_stage}" * (asked.zero_stage != 1)))
         + "+offload" * asked.offload_optimizer
@@ -180,3 +189,7 @@ def default_layouts(recipe: Recipe) -> list[Layout]:
     if asked.vp > 1:
         texts.append("pp2vp2")
     return list(dict.fromkeys(Layout.parse(text) for text in texts))
+
+
+def _least_factor(size: int) -> int:
+    return next((factor for factor in range(2, size + 1) if size % factor == 0), 1)

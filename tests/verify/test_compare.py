@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from megasparse.verify.compare import Whole, assemble, compare, group_of
+from megasparse.verify.compare import Whole, assemble, compare, compare_rounded, group_of
 from megasparse.verify.observe import Seen
 
 NAMES = {
@@ -76,13 +76,93 @@ def test_noise_is_not_judged_but_a_large_gradient_is() -> None:
     assert result.first.startswith(f"gradient of {name} in step 2")
 
 
+def test_where_gradients_are_noise_weights_stay_where_rounding_can_move_them() -> None:
+    name = "decoder.layers.0.self_attention.linear_qkv.bias"
+    for apart, passed in ((1e-7, True), (1e-3, False), (float("nan"), False)):
+        ours = run()
+        ours.weights[name] = ours.weights[name] + apart
+        assert compare("tp2", 2, ours, run(), lr=1e-3, eps=1e-3).passed is passed
+
+
+def test_a_buffer_is_compared_though_it_has_no_gradient() -> None:
+    ours, reference, name = run(), run(), "decoder.layers.0.mlp.router.bias"
+    for whole in (ours, reference):
+        whole.weights[name] = torch.ones(4)
+    assert compare("tp2", 2, ours, reference).passed
+    ours.weights[name] = ours.weights[name] * 1.1
+    result = compare("tp2", 2, ours, reference)
+    assert not result.passed
+    assert name in result.first
+
+
+def without(kind: str) -> Whole:
+    ours = run()
+    match kind:
+        case "gradients":
+            del ours.gradients[1]["output_layer.weight"]
+        case "weights":
+            ours.weights["output_layer.weight"] = torch.zeros(3, 3)
+        case "steps":
+            ours = Whole(ours.scalars[:1], ours.gradients[:1], ours.weights, ours.routes, 0.01)
+        case "losses":
+            ours.scalars[0]["another"] = 1e9
+    return ours
+
+
+@pytest.mark.parametrize("kind", ["gradients", "weights", "steps", "losses"])
+def test_what_cannot_be_compared_is_an_error_of_the_layout(kind: str) -> None:
+    for result in (compare("tp2", 2, without(kind), run()), compare_rounded("tp2", "bf16", without(kind), run())):
+        assert kind in result.error
+        assert not result.passed
+
+
+def test_rounded_runs_are_compared_in_size_in_every_step_and_in_their_updates() -> None:
+    def rounded() -> Whole:
+        whole = run()
+        whole.moved = {name: weight * 1e-3 for name, weight in whole.weights.items()}
+        for step, gradients in zip(whole.scalars, whole.gradients, strict=True):
+            step["grad_norm"] = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
+        return whole
+
+    assert compare_rounded("dp2", "bf16", rounded(), rounded()).off == []
+    name = "decoder.layers.0.input_layernorm.weight"
+    ours = rounded()
+    ours.moved = {name: torch.zeros_like(moved) for name, moved in ours.moved.items()}  # a step that is lost
+    assert compare_rounded("dp2", "bf16", ours, rounded()).off == ["updates"]
+    ours = rounded()
+    b = ours.gradients[1][name]
+    ours.gradients[1][name] = b + 10 * torch.stack([b[1], -b[0], b[3], -b[2]])  # at right angles
+    assert "sizes" in compare_rounded("dp2", "bf16", ours, rounded()).off
+    ours = rounded()
+    ours.moved[name] = ours.moved[name] * float("nan")
+    assert compare_rounded("dp2", "bf16", ours, rounded()).off == ["updates"]
+    assert compare_rounded("dp2", "bf16", zeros(rounded()), rounded()).off
+
+
+def zeros(whole: Whole) -> Whole:
+    whole.gradients = [{name: torch.zeros_like(g) for name, g in step.items()} for step in whole.gradients]
+    return whole
+
+
+def test_ranks_that_route_a_token_must_agree() -> None:
+    def rank(route: tuple[int, ...]) -> Seen:
+        part = [("w", (2,), (0,), torch.ones(2))]
+        return Seen([{"loss": 1.0, "grad_norm": 1.0}], [part], part, routes={(0, 0, 0): route}, margin=0.1)
+
+    assert assemble([rank((1,)), rank((1,))]).contradictions == []
+    for routes in (((1,), (2,)), ((2,), (1,))):
+        found = assemble([rank(route) for route in routes]).contradictions
+        assert found == ["ranks take different routes in step 0, layer 0, token 0"]
+
+
 def test_a_flipped_route_fails() -> None:
     ours = run()
     ours.routes[0, 0, 1] = (0, 2)
+    ours.routes[0, 0, 2] = (0, 1)
     result = compare("tp2", 2, ours, run())
     assert not result.passed
-    assert result.flipped == ["step 0, layer 0, token 1"]
-    assert "1 tokens took another route" in result.diagnosis
+    assert result.flipped == ["step 0, layer 0, token 1", "step 0, layer 0, token 2"]
+    assert "2 tokens took another route" in result.diagnosis
 
 
 def scaled(kinds: set[str], factor: float) -> Whole:
@@ -137,7 +217,8 @@ def test_parts_become_whole() -> None:
     def rank(rows: slice, loss: float = 1.0) -> Seen:
         whole = torch.arange(8.0).view(4, 2)
         part = [("w", (4, 2), (rows.start, 0), whole[rows])]
-        return Seen([{"loss": loss, "grad_norm": 1.0}], [part], part, {(0, 0, rows.start): (1,)}, float(rows.start))
+        routes = {(0, 0, rows.start): (1,)}
+        return Seen([{"loss": loss, "grad_norm": 1.0}], [part], part, routes=routes, margin=float(rows.start))
 
     whole = assemble([rank(slice(0, 3)), rank(slice(2, 4))])
     assert torch.equal(whole.weights["w"], torch.arange(8.0).view(4, 2))
@@ -161,7 +242,7 @@ def test_ranks_that_hold_the_same_must_agree(wrong: int, drift: float) -> None:
         factor = drift if number == wrong else 1.0
         parts = [[(n, tuple(t.shape), (0,) * t.dim(), t) for n, t in step.items()] for step in run().gradients]
         weights = [(n, tuple(w.shape), (0,) * w.dim(), w * factor) for n, w in run().weights.items()]
-        return Seen(run().scalars, parts, weights, run().routes, 0.01)
+        return Seen(run().scalars, parts, weights, routes=run().routes, margin=0.01)
 
     result = compare("dp2", 2, assemble([rank(0), rank(1)]), run())
     assert not result.passed

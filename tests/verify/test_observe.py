@@ -43,4 +43,12 @@ def test_what_is_seen() -> None:
     for step, scalars in enumerate(seen.scalars):
         norm = torch.cat([part.flatten().double() for *_, part in seen.gradients[step]]).norm()
         assert relative_error(norm, torch.tensor(scalars["grad_norm"])) < 1e-6, "the gradients are those of the norm"
-    assert {name for name, *_ in seen.weights} == {name for name, *_ in seen.gradients[0]}
+    weights = {name for name, *_ in seen.gradients[0]}
+    buffers = {f"decoder.layers.{i}.mlp.router.{name}" for i in range(2) for name in ("bias", "load")}
+    assert {name for name, *_ in seen.weights} == weights | buffers
+    assert {name for name, *_ in seen.moved} == weights
+    start = run_distributed(observe, 1, RECIPE.model_dump(mode="json"), 0)[0]
+    before, after = ({name: part for name, *_, part in one.weights} for one in (start, seen))
+    for name, _, _, moved in seen.moved:
+        assert relative_error(before[name] + moved, after[name]) < 1e-6
+        assert moved.abs().max() > 0

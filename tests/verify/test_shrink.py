@@ -148,7 +148,7 @@ def test_uneven_stages_stay_uneven() -> None:
 
 
 def test_a_small_recipe_stays() -> None:
-    recipe = small.recipe({"vocab_size": 95}, {}, optimizer={"eps": 1e-2})
+    recipe = small.recipe({"vocab_size": 95}, {}, optimizer={"eps": 1e-2, "clip_grad": 0.1})
     made, changes = shrink(recipe, [Layout.parse("tp2"), Layout.parse("dp2")])
     assert made.model == recipe.model
     assert changes == []
@@ -164,12 +164,22 @@ def test_micro_batches_for_every_pipeline() -> None:
         assert per_rank % layout.pp == 0
 
 
+def test_clipping_rate_and_decay_are_what_can_be_seen() -> None:
+    made, changes = shrink(small.recipe(optimizer={"lr": 1e-6, "weight_decay": 0.01}), [Layout.parse("dp2")])
+    assert (made.optimizer.lr, made.optimizer.weight_decay, made.optimizer.clip_grad) == (2e-3, 0.1, 0.1)
+    assert any(line.startswith("optimizer.clip_grad: 1.0 -> 0.1 (so that it clips") for line in changes)
+    without = small.recipe(optimizer={"weight_decay": 0.0, "clip_grad": 0.0})
+    made, _ = shrink(without, [Layout.parse("dp2")])
+    assert (made.optimizer.weight_decay, made.optimizer.clip_grad) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("parallel", "expected"),
     [
         ({}, "dp2 tp2+sp pp2 cp2 ep2dp2 tp2pp2ep2"),
         ({"tp": 8, "ep": 8}, "tp2ep2 dp2 tp2+sp pp2 cp2 ep2dp2 tp2pp2ep2"),
         ({"pp": 4, "vp": 3, "zero_stage": 0}, "pp2vp2+zero0 dp2 tp2+sp pp2 cp2 ep2dp2 tp2pp2ep2 pp2vp2"),
+        ({"tp": 3, "ep": 9}, "tp3ep3 dp2 tp2+sp pp2 cp2 ep2dp2 tp2pp2ep2"),
         ({"zero_stage": 2, "offload_optimizer": True}, "dp2+zero2+offload dp2 tp2+sp pp2 cp2 ep2dp2 tp2pp2ep2"),
     ],
     ids=str,

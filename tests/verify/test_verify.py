@@ -86,10 +86,10 @@ def test_a_planted_bug_is_found_and_named(
     ("bug", "layout", "off"),
     [
         (None, "tp2ep2", []),
-        (bugs.aux_loss_scaled_by_tensor_parallelism, "tp2", ["sizes"]),
+        (bugs.aux_loss_scaled_by_tensor_parallelism, "tp2", ["sizes", "updates"]),
         (bugs.norm_without_experts_of_later_ranks, "tp2ep2", ["own norm"]),
-        (bugs.tied_weight_not_summed, "pp2", ["norm", "sizes"]),
-        (bugs.micro_batches_counted_twice, "dp2", ["norm", "sizes"]),
+        (bugs.tied_weight_not_summed, "pp2", ["norm", "sizes", "updates"]),
+        (bugs.micro_batches_counted_twice, "dp2", ["norm", "sizes", "updates"]),
     ],
     ids=["right", "auxiliary", "norm", "tied", "micro-batches"],
 )
@@ -163,7 +163,9 @@ def test_tables_and_json() -> None:
     assert found["passed"] is False
     assert found["comparisons"][0]["layout"] == "dp2"
     assert found["comparisons"][0]["groups"]["experts"]["factor"] == pytest.approx(2.0, rel=1e-2)
-    assert len(found["comparisons"][0]["tensors"]) == 18  # the embedding, the last norm and eight of each layer
+    assert (
+        len(found["comparisons"][0]["tensors"]) == 22
+    )  # the embedding, the last norm, eight weights and two buffers of each layer
 
 
 @pytest.mark.parametrize("bug", [None, bugs.micro_batches_counted_twice], ids=["right", "wrong"])
