@@ -77,6 +77,7 @@ def every_layout() -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_groups_of_every_layout() -> None:
     by_rank = run_distributed(every_layout, 4)
     for number, (name, expected) in enumerate(LAYOUTS.items()):

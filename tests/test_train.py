@@ -93,6 +93,7 @@ def kill_after(run_dir: Path, steps: int, arguments: list[str]) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_run_explains_itself(tmp_path: Path, corpus: Path) -> None:
     recipe = write_recipe(tmp_path, corpus, eval_interval=5, eval_tokens=500)
     done = run("train", recipe, "--run-dir", tmp_path / "run", "optimizer.lr=0.01")
@@ -135,6 +136,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path: Path, corpus: Path, pr
     assert without_timing(killed) == without_timing(whole)
 
 
+@pytest.mark.slow
 def test_a_longer_budget_goes_on_with_the_same_data(tmp_path: Path, corpus: Path) -> None:
     """12 steps, then 8 more: the same as 20 at once, where the learning rate does not look ahead."""
     recipe = write_recipe(tmp_path, corpus)

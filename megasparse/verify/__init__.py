@@ -209,7 +209,7 @@ def _tensors(comparisons: list[Comparison]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", collapse_padding=True, pad_edge=False)
     for column in columns:
         table.add_column(column, no_wrap=True)
     return table
