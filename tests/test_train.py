@@ -81,11 +81,12 @@ def without_timing(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def kill_after(run_dir: Path, steps: int, arguments: list[str]) -> None:
-    """Start a run and kill -9 its whole process group once ``steps`` steps are recorded."""
+    """Start a run and kill -9 its whole process group once ``steps`` steps are recorded and there is a checkpoint (one
+    that is written beside the run may be late)."""
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(arguments, start_new_session=True, stdout=quiet, stderr=quiet, env=environment())
     deadline = time.monotonic() + 120
-    while len(read_metrics(run_dir)) < steps:
+    while len(read_metrics(run_dir)) < steps or not (run_dir / "checkpoints" / "latest").exists():
         assert process.poll() is None, "the run ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
