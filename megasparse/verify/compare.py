@@ -175,6 +175,7 @@ def misfit(ours: Whole, reference: Whole) -> str:
         return "it reports other losses than one process"
     for kind, a, b in [
         ("weights", ours.weights, reference.weights),
+        ("updates", ours.moved, reference.moved),
         *[("gradients", a, b) for a, b in zip(ours.gradients, reference.gradients, strict=True)],
     ]:
         other = sorted(str(name) for name, _ in shapes(a).items() ^ shapes(b).items())

@@ -104,12 +104,14 @@ def without(kind: str) -> Whole:
             ours.weights["output_layer.weight"] = torch.zeros(3, 3)
         case "steps":
             ours = Whole(ours.scalars[:1], ours.gradients[:1], ours.weights, ours.routes, 0.01)
+        case "updates":
+            ours.moved = {"output_layer.weight": torch.zeros(10, 4)}
         case "losses":
             ours.scalars[0]["another"] = 1e9
     return ours
 
 
-@pytest.mark.parametrize("kind", ["gradients", "weights", "steps", "losses"])
+@pytest.mark.parametrize("kind", ["gradients", "weights", "updates", "steps", "losses"])
 def test_what_cannot_be_compared_is_an_error_of_the_layout(kind: str) -> None:
     for result in (compare("tp2", 2, without(kind), run()), compare_rounded("tp2", "bf16", without(kind), run())):
         assert kind in result.error
