@@ -109,23 +109,29 @@ class MoE(Section):
 class SparseAttention(Section):
     """Block-sparse attention: each query, or block of queries, sees some blocks of keys (layers/selectors.py)."""
 
-    selector: Literal["local", "strided", "pooled", "gate"]
+    selector: Literal["local", "strided", "pooled", "gate", "nsa"]
     block_size: PositiveInt = 64  # keys of a block
     query_block_size: PositiveInt = 1  # queries that share a list; 1: each has its own
-    blocks: PositiveInt | None = None  # pooled and gate: that a query sees in all
+    blocks: PositiveInt | None = None  # pooled, gate and nsa: that a query sees in all
     mass: Annotated[float, Field(gt=0, le=1)] | None = None
-    """pooled and gate: no more of the chosen blocks than have this share of the softmax over scores; None: all."""
+    """pooled, gate and nsa: no more of the chosen blocks than have this share of the softmax over scores; None: all."""
     stride: PositiveInt = 8  # strided: every so many blocks, shifted by head
     local_blocks: PositiveInt = 2  # always seen: the own one and those right before it
     sink_blocks: int = Field(default=1, ge=0)  # always seen: the first of the sequence
     gate_dim: PositiveInt = 64  # gate: width of its queries and keys
     gate_loss_coefficient: PositiveFloat = 0.1
+    compression_size: PositiveInt = 32  # nsa: keys that become one compressed key,
+    compression_stride: PositiveInt = 16  # every so many keys
+    window_blocks: PositiveInt = 8  # nsa: of the window branch, which has keys of its own
     layers: Literal["all"] | list[Literal[0, 1]] = "all"  # one flag per layer; the others are dense
     dense_start: Fraction = 0.0  # share of the run's steps, at its beginning, with dense attention
     dense_end: Fraction = 0.0  # and at its end
-    ramp: Fraction = (
-        0.0  # pooled and gate: share of the steps, after dense_start, in which all blocks become ``blocks``
-    )
+    ramp: Fraction = 0.0  # with a budget: share of the steps, after dense_start, in which all blocks become ``blocks``
+
+    @property
+    def chooses(self) -> bool:
+        """Does it choose blocks by a score, up to a budget?"""
+        return self.selector not in ("local", "strided")
 
     @model_validator(mode="after")
     def _check(self) -> SparseAttention:
@@ -133,19 +139,17 @@ class SparseAttention(Section):
             raise ValueError(
                 f"dense_start={self.dense_start} + ramp={self.ramp} + dense_end={self.dense_end} are more than the run"
             )
-        chooses = self.selector in ("pooled", "gate")
-        if self.ramp > 0 and not chooses:
-            raise ValueError(f"ramp={self.ramp} needs selector=pooled or gate: {self.selector} has no budget")
-        if chooses != (self.blocks is not None):
+        if not self.chooses:
+            for field, value in (("blocks", self.blocks), ("mass", self.mass), ("ramp", self.ramp or None)):
+                if value is not None:
+                    raise ValueError(
+                        f"{field}={value} with selector={self.selector}: it sees a fixed pattern, unset it"
+                    )
+        elif self.blocks is None:
+            raise ValueError(f"selector={self.selector} needs blocks: how many a query sees in all")
+        if self.selector in ("gate", "nsa") and self.query_block_size > 1:
             raise ValueError(
-                f"blocks={self.blocks} with selector={self.selector}: set blocks, how many a query sees in all, for "
-                "pooled and gate alone"
-            )
-        if self.mass is not None and not chooses:
-            raise ValueError(f"mass={self.mass} needs selector=pooled or gate, not {self.selector}")
-        if self.selector == "gate" and self.query_block_size > 1:
-            raise ValueError(
-                f"query_block_size={self.query_block_size}: selector=gate chooses for single queries, set 1"
+                f"query_block_size={self.query_block_size}: selector={self.selector} chooses for single queries, set 1"
             )
         always = self.sink_blocks + self.local_blocks + max(0, math.ceil(self.query_block_size / self.block_size) - 1)
         if self.blocks is not None and self.blocks <= always:
@@ -153,6 +157,13 @@ class SparseAttention(Section):
                 f"blocks={self.blocks} leaves none to choose: {always} are always seen (sink_blocks={self.sink_blocks}"
                 f", local_blocks={self.local_blocks}, query_block_size={self.query_block_size})"
             )
+        if self.selector == "nsa":
+            for field in ("block_size", "compression_size"):
+                if getattr(self, field) % self.compression_stride:
+                    raise ValueError(
+                        f"{field}={getattr(self, field)} is not divisible by "
+                        f"compression_stride={self.compression_stride}"
+                    )
         return self
 
 

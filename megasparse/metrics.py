@@ -65,8 +65,7 @@ def parameter_count(model: Model, vocab_size: int, seq_length: int) -> Parameter
         embeddings += (model.max_position_embeddings or seq_length) * hidden
     sparse_layers = sum(model.moe_layers)
     total = embeddings + norm + model.num_layers * attention + (model.num_layers - sparse_layers) * dense
-    if (sparse := model.sparse_attention) and sparse.selector == "gate":
-        total += sum(model.sparse_layers) * sparse.gate_dim * (query + 3 * key_value)
+    total += sum(model.sparse_layers) * _selector_parameters(model)
     active = total
     if moe := model.moe:
         expert = 3 * hidden * moe.ffn_hidden_size
@@ -74,6 +73,17 @@ def parameter_count(model: Model, vocab_size: int, seq_length: int) -> Parameter
         total += sparse_layers * (every_token + moe.num_experts * expert)
         active += sparse_layers * (every_token + moe.top_k * expert)
     return Parameters(total, active)
+
+
+def _selector_parameters(model: Model) -> int:
+    """Weights that a block-sparse layer has besides a dense one's."""
+    head, key_value, sparse = model.head_size, model.head_size * model.kv_heads, model.sparse_attention
+    if sparse is not None and sparse.selector == "gate":
+        return sparse.gate_dim * (head * model.num_attention_heads + 3 * key_value)
+    if sparse is not None and sparse.selector == "nsa":
+        compression = key_value * (sparse.compression_size * (1 + head) + head)
+        return model.hidden_size * (4 * key_value + 3 * model.num_attention_heads) + 2 * compression
+    return 0
 
 
 def flops_per_token(model: Model, vocab_size: int, seq_length: int, block_density: float = 1.0) -> float:
@@ -93,6 +103,10 @@ def flops_per_token(model: Model, vocab_size: int, seq_length: int, block_densit
     multiply_adds = vocab_size * hidden + model.num_layers * (projections + scores_and_values)
     multiply_adds -= sum(model.sparse_layers) * scores_and_values * (1 - block_density)
     multiply_adds += (model.num_layers - sparse_layers) * dense
+    if (sparse := model.sparse_attention) and sparse.selector == "nsa":
+        branches = hidden * (4 * key_value + 3 * model.num_attention_heads)
+        compression = 2 * key_value * (sparse.compression_size + 1) * model.head_size / sparse.compression_stride
+        multiply_adds += sum(model.sparse_layers) * (branches + compression)
     if moe := model.moe:
         experts = moe.top_k * moe.ffn_hidden_size + moe.shared_expert_ffn_hidden_size
         multiply_adds += sparse_layers * (hidden * moe.num_experts + 3 * hidden * experts)

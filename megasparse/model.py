@@ -31,6 +31,7 @@ from megasparse.layers.attention import CoreAttention, PostNormSelfAttention
 from megasparse.layers.block_sparse import BlockSparseAttention
 from megasparse.layers.moe import MoELayer, PostNormMLP, PostNormMoELayer
 from megasparse.layers.norms import FullWidthRMSNorm, HeadRMSNorm, LayerNorm, RMSNorm
+from megasparse.layers.nsa import Branches, NativeSparseAttention, PostNormBranches
 from megasparse.layers.rope import attention_factor, inverse_frequencies
 from megasparse.layers.step import StepState
 from megasparse.topology import Topology, stage_layers
@@ -185,7 +186,7 @@ def layer_spec(model: Model, index: int, topology: Topology, state: StepState) -
     post = model.norm_placement == "post"
     input_norm = IdentityOp if post else norm_of(model)
     attention = ModuleSpec(
-        module=PostNormSelfAttention if post else SelfAttention,
+        module=_self_attention(model, index, post),
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -219,14 +220,21 @@ def layer_spec(model: Model, index: int, topology: Topology, state: StepState) -
     )
 
 
+def _self_attention(model: Model, index: int, post: bool) -> type:
+    if model.sparse_layers[index] and model.sparse_attention and model.sparse_attention.selector == "nsa":
+        return PostNormBranches if post else Branches
+    return PostNormSelfAttention if post else SelfAttention
+
+
 def _core_attention(model: Model, index: int, topology: Topology, state: StepState) -> Any:
-    if not model.sparse_layers[index]:
+    if not model.sparse_layers[index] or model.sparse_attention is None:
         return CoreAttention
     params = {
         **{"sparse": model.sparse_attention, "state": state},
         **{"tp_rank": topology.tp_rank, "kv_heads": model.kv_heads, "num_gates": sum(model.sparse_layers)},
     }
-    return ModuleSpec(module=BlockSparseAttention, params=params)
+    nsa = model.sparse_attention.selector == "nsa"
+    return ModuleSpec(module=NativeSparseAttention if nsa else BlockSparseAttention, params=params)
 
 
 def _qk_norm(model: Model, heads: int) -> Any:

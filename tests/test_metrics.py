@@ -144,14 +144,13 @@ def test_flops_are_those_counted_in_transformers(make):
     assert flops_per_token(model, VOCAB, 1) * 64 == counter.get_total_flops() - rotary
 
 
-def test_parameters_of_gates_are_those_of_the_model():
+@pytest.mark.parametrize("options", [{"selector": "gate", "gate_dim": 5}, {"selector": "nsa"}], ids=str)
+def test_parameters_of_selectors_are_those_of_the_model(options):
     """Counted in the model that is built, of two layers one sparse."""
-    (built,) = run_distributed(count_parameters, 1, GATED.model_dump(mode="json"))
-    plain = parameter_count(GATED.model.model_copy(update={"sparse_attention": None}), VOCAB, SEQ)
-    assert built == parameter_count(GATED.model, VOCAB, SEQ).total > plain.total
-
-
-GATED = small.recipe({"sparse_attention": {"selector": "gate", "blocks": 8, "gate_dim": 5, "layers": [0, 1]}})
+    recipe = small.recipe({"sparse_attention": {"blocks": 8, "layers": [0, 1], **options}})
+    (built,) = run_distributed(count_parameters, 1, recipe.model_dump(mode="json"))
+    plain = parameter_count(recipe.model.model_copy(update={"sparse_attention": None}), VOCAB, SEQ)
+    assert built == parameter_count(recipe.model, VOCAB, SEQ).total > plain.total
 
 
 def count_parameters(raw: dict) -> int:

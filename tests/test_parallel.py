@@ -191,6 +191,7 @@ def test_gpt2(layout: str) -> None:
 
 
 POOLED = {"selector": "pooled", "block_size": 4, "blocks": 4}
+NSA = {"selector": "nsa", "compression_size": 4, "compression_stride": 2, "window_blocks": 2}
 SCHEDULE = {"dense_start": 0.05, "ramp": 0.15}  # of 20 steps: one dense, three with fewer and fewer blocks, sparse
 SPARSE = {
     "pooled": small.recipe(
@@ -206,6 +207,12 @@ SPARSE = {
         {"micro_batch_size": 1},
         data={"document_mask": True},
     ),
+    "nsa": small.recipe(
+        {"sparse_attention": {**POOLED, **NSA, "dense_start": 0.1}, "qk_norm": "full", "norm_placement": "post"},
+        MOE,
+        {"recompute": "full", "micro_batch_size": 1},
+        data={"document_mask": True},
+    ),
     "strided": small.recipe(
         {"sparse_attention": {"selector": "strided", "block_size": 2, "query_block_size": 3, "stride": 5}}, MOE
     ),
@@ -217,6 +224,7 @@ SPARSE = {
     [
         *[("pooled", layout) for layout in ("tp2+sp", "pp2vp2", "cp2", "ep2", "dp2+zero2", "tp2cp2", "tp2pp2ep2")],
         *[("gate", layout) for layout in ("tp2+sp", "pp2", "cp2", "ep2", "dp2+zero2", "dp2", "tp2cp2")],
+        *[("nsa", layout) for layout in ("tp2+sp", "pp2", "cp2", "ep2", "dp2+zero2", "tp2cp2", "tp2pp2ep2")],
         *[("pooled by query blocks", layout) for layout in ("tp2", "dp2")],
         *[("strided", layout) for layout in ("tp2+sp", "cp2", "pp2ep2")],
     ],

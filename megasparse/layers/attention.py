@@ -62,7 +62,7 @@ class CoreAttention(MegatronModule):
 
         -> [seq, batch, heads * head_dim].
         """
-        seq, batch, heads, head_dim = query.shape
+        seq, batch = query.shape[:2]
         queries = query.permute(1, 2, 0, 3)
         if self.context_parallel > 1:
             key, value = gather_sequence(torch.cat([key, value], 2), self.cp_group).chunk(2, 2)
@@ -81,7 +81,7 @@ class CoreAttention(MegatronModule):
                     ],
                     2,
                 )
-        return output.permute(2, 0, 1, 3).reshape(seq, batch, heads * head_dim)
+        return output.permute(2, 0, 1, 3).reshape(seq, batch, -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, start: int) -> Tensor:
         """Queries [batch, heads, n, head_dim] of positions ``start`` .. start + n, keys of positions 0 .. start + n."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from megasparse.config import SparseAttention
 from megasparse.layers import selectors
 from megasparse.layers.attention import CoreAttention
 from megasparse.layers.gate import AttentionGate, gate_loss
-from megasparse.layers.selectors import Grid
+from megasparse.layers.selectors import Grid, Score
 from megasparse.layers.step import StepState
 from megasparse.ops.block_sparse import BlockMask, block_mass, block_sparse_attention
 from megasparse.schedule import attention_blocks
@@ -50,25 +49,42 @@ class BlockSparseAttention(CoreAttention):
             group = config.num_attention_heads // kv_heads
             self.gate = AttentionGate(config, local_heads, group, sparse.gate_dim)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, start: int) -> Tensor:
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        document_ids: Tensor | None,
+        start: int,
+        score: Score | None = None,
+    ) -> Tensor:
+        """``score``: of blocks, where it is not the selector's own to say."""
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [batch, seq, heads, head_dim]
-        seq = k.shape[1] if self.context_parallel == 1 else 2 * self.context_parallel * q.shape[1]
-        blocks = math.ceil(seq / self.grid.block_size)
-        budget = attention_blocks(self.state.progress, self.sparse, blocks)
+        budget = self.budget(q.shape[1], k.shape[1])
         if budget is None and (self.gate is None or not self.training):
             return super()._attend(query, key, value, document_ids, start)
         gated = self.gate(q, k, self.grid.block_size) if self.gate is not None else None
-        mask = self.select(q, k, blocks if budget is None else budget, gated)
-        first, last = self.grid.own(q.shape[1], k.shape[1] - q.shape[1], k.device)
-        if self.training:
-            self.state.count_blocks(mask.count.sum(), (last + 1).sum() * len(k) * k.shape[2])
+        score = score or self.score(q, k, gated)
+        mask = self.select(q, k, self.grid.blocks(k.shape[1]) if budget is None else budget, score)
+        first, last = self.grid.own(q.shape[1], start, k.device)
         documents = None if document_ids is None else document_ids[:, : k.shape[1]]
         output, lse = block_sparse_attention(q, k, v, mask, scale=self.scale, document_ids=documents, return_lse=True)
+        if self.training:
+            self.state.count_blocks(mask.count.sum(), (last + 1).sum() * len(k) * k.shape[2])
         if self.training and gated is not None:
             mass = block_mass(q, k, lse, mask, scale=self.scale, document_ids=documents)
             scores = torch.einsum("bhqd,bhkd->bhqk", *gated)
-            output = self._add_loss(output, gate_loss(scores, mask, mass, first) / (len(q) * self.kv_heads * seq))
+            share = len(q) * self.kv_heads * self._seq(q.shape[1], k.shape[1])
+            output = self._add_loss(output, gate_loss(scores, mask, mass, first) / share)
         return output.transpose(1, 2)
+
+    def _seq(self, queries: int, keys: int) -> int:
+        """Length of the sequence of which this rank has ``queries`` in one call, and ``keys`` from its start on."""
+        return keys if self.context_parallel == 1 else 2 * self.context_parallel * queries
+
+    def budget(self, queries: int, keys: int) -> int | None:
+        """How many blocks a query may see in this step; None: dense attention."""
+        return attention_blocks(self.state.progress, self.sparse, self.grid.blocks(self._seq(queries, keys)))
 
     def _add_loss(self, output: Tensor, loss: Tensor) -> Tensor:
         """``loss`` is the part of this rank's heads and queries: parts sum to the micro-batch's mean."""
@@ -78,16 +94,22 @@ class BlockSparseAttention(CoreAttention):
             return output
         return MoEAuxLossAutoScaler.apply(output, loss * (self.sparse.gate_loss_coefficient * scale))
 
-    def select(self, q: Tensor, k: Tensor, budget: int, gated: tuple[Tensor, Tensor] | None = None) -> BlockMask:
-        """The blocks that queries [batch, seq, heads, head_dim] see, the last ones of keys [batch, keys, kv_heads,
-        head_dim]; ``budget`` of them for each query, if the selector has one. gated: what the gate makes of them."""
+    def score(self, q: Tensor, k: Tensor, gated: tuple[Tensor, Tensor] | None = None) -> Score | None:
+        """How the selector scores blocks: queries [batch, seq, heads, head_dim], the last ones of keys [batch, keys,
+        kv_heads, head_dim]. None: its pattern is fixed. gated: what the gate makes of q and k."""
         match self.sparse.selector:
-            case "local":
-                return selectors.local(self.grid, q, k)
-            case "strided":
-                return selectors.strided(self.grid, q, k, self.sparse.stride, self.first_head, self.kv_heads)
             case "pooled":
-                return selectors.pooled(self.grid, q, k, budget, self.sparse.mass)
+                return selectors.pooled(self.grid, q, k)
             case "gate":
                 assert gated is not None
-                return selectors.scored(self.grid, q, k, *gated, budget, self.sparse.mass)
+                return selectors.product(*gated)
+            case _:
+                return None
+
+    def select(self, q: Tensor, k: Tensor, budget: int, score: Score | None) -> BlockMask:
+        """The blocks that the queries see; ``budget`` of them for each query by ``score``, if there is one."""
+        if score is not None:
+            return selectors.choose(self.grid, score, q, k, budget, self.sparse.mass)
+        if self.sparse.selector == "local":
+            return selectors.local(self.grid, q, k)
+        return selectors.strided(self.grid, q, k, self.sparse.stride, self.first_head, self.kv_heads)

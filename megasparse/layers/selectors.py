@@ -1,13 +1,18 @@
-"""Which key blocks a query sees: rules that need no weights. Each gives a BlockMask.
+"""Which key blocks a query sees: fixed patterns, and scores by which ``choose`` picks the best blocks.
 
 A list may depend on tokens up to its (first) query only: a query's own block is always on, and scores are of whole
 blocks before it, computed from queries that are not later than the first of the list. ``Grid`` holds the sizes. With
 query_block_size=1 a query scores blocks itself; with blocks of queries the mean query of the block before does.
 
+Patterns, each a BlockMask:
 local      a window and the first blocks (StreamingLLM, arXiv 2309.17453)
 strided    a window and every n-th block, shifted by head (S2-Attention, arXiv 2407.17678)
-pooled     largest product of query and mean key (MoBA, arXiv 2502.13189), one list a group (InfLLM-V2, 2509.24663)
-clusters   most keys of the query's cluster (Routing Transformer, arXiv 2003.05997)
+
+Scores of blocks, each a ``Score``:
+pooled      product of query and mean key (MoBA, arXiv 2502.13189), one list a group (InfLLM-V2, 2509.24663)
+product     product of learned queries and keys (layers/gate.py)
+clusters    keys of the query's cluster (Routing Transformer, arXiv 2003.05997)
+compressed  attention to compressed keys (NSA, arXiv 2502.11089; layers/nsa.py)
 """
 
 from __future__ import annotations
@@ -24,6 +29,10 @@ from megasparse.ops.block_sparse import BlockMask
 
 CHUNK = 2**22  # scores in memory at once
 
+Score = Callable[[slice], Tensor]
+"""Some query blocks -> float32 [batch, kv_heads, len(part), k_blocks]; scores of blocks that a query reaches into or
+that come later are not read."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -33,6 +42,10 @@ class Grid:
     query_block_size: int
     local_blocks: int = 1  # the own block and those right before it
     sink_blocks: int = 1  # the first blocks of the sequence
+
+    def blocks(self, keys: int) -> int:
+        """Key blocks of so many keys."""
+        return math.ceil(keys / self.block_size)
 
     def own(self, queries: int, offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The first and last key block that each query block reaches into, [q_blocks] each. ``offset``: position of the
@@ -59,7 +72,7 @@ def local(grid: Grid, q: Tensor, k: Tensor) -> BlockMask:
     keep = (index <= last.unsqueeze(1)) & (index >= 0)
     keep[:, grid.sink_blocks :] &= near >= grid.sink_blocks
     index, keep = (x.expand(batch, kv_heads, -1, -1) for x in (index, keep))
-    return BlockMask.from_index(index, keep, math.ceil(seq / grid.block_size), grid.block_size, grid.query_block_size)
+    return BlockMask.from_index(index, keep, grid.blocks(seq), grid.block_size, grid.query_block_size)
 
 
 def strided(
@@ -71,7 +84,7 @@ def strided(
     """
     batch, seq, kv_heads, _ = k.shape
     first, last = grid.own(q.shape[1], seq - q.shape[1], k.device)
-    blocks = torch.arange(math.ceil(seq / grid.block_size), device=k.device)
+    blocks = torch.arange(grid.blocks(seq), device=k.device)
     step = max(1, stride // (all_heads or kv_heads))
     shifted = blocks + (first_head + torch.arange(kv_heads, device=k.device)).unsqueeze(1) * step
     dense = grid.always(first, last, blocks) | (
@@ -80,43 +93,37 @@ def strided(
     return BlockMask.from_dense(dense.expand(batch, -1, -1, -1), grid.block_size, grid.query_block_size)
 
 
-def pooled(grid: Grid, q: Tensor, k: Tensor, budget: int, mass: float | None = None) -> BlockMask:
-    """score(t, j) = sum over the group's heads of <q_t, mean of block j's keys>.
+def pooled(grid: Grid, q: Tensor, k: Tensor) -> Score:
+    """score(t, j) = sum over the group's heads of <q_t, mean of block j's keys> / sqrt(head_dim).
 
-    q [batch, seq, heads, head_dim], k [batch, keys, kv_heads, head_dim]; see ``choose`` for budget and mass.
+    q [batch, seq, heads, head_dim], k [batch, keys, kv_heads, head_dim].
     """
     queries = grouped_queries(grid, q, k.shape[2]) / math.sqrt(q.shape[-1])
-    return scored(grid, q, k, queries, mean_by_block(k, grid.block_size), budget, mass)
+    return product(queries, mean_by_block(k, grid.block_size))
 
 
-def scored(
-    grid: Grid, q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, budget: int, mass: float | None
-) -> BlockMask:
+def product(queries: Tensor, keys: Tensor) -> Score:
     """score(t, j) = <queries_t, keys_j>: float32 [batch, kv_heads, seq, dim] and [batch, kv_heads, k_blocks, dim]."""
-
-    def score(part: slice) -> Tensor:
-        return torch.einsum("bhqd,bhkd->bhqk", queries[:, :, part], keys)
-
-    return choose(grid, score, q, k, budget, mass)
+    return lambda part: torch.einsum("bhqd,bhkd->bhqk", queries[:, :, part], keys)
 
 
-def clusters(grid: Grid, q: Tensor, k: Tensor, centroids: Tensor, budget: int) -> BlockMask:
+def clusters(grid: Grid, q: Tensor, k: Tensor, centroids: Tensor) -> Score:
     """score(t, j) = keys of block j whose nearest centroid is the query's. centroids: [kv_heads, clusters, head_dim] of
     length 1, nearest in angle."""
     queries = grouped_queries(grid, q, k.shape[2])
-    assigned = _nearest(k.transpose(1, 2), centroids)  # [batch, kv_heads, keys]
+    assigned = nearest(k.transpose(1, 2), centroids)  # [batch, kv_heads, keys]
     members = F.one_hot(assigned, centroids.shape[1]).float().transpose(1, 2)
     counts = mean_by_block(members, grid.block_size)
-    wanted = _nearest(queries, centroids)
+    wanted = nearest(queries, centroids)
 
     def score(part: slice) -> Tensor:
         chosen = F.one_hot(wanted[:, :, part], centroids.shape[1]).float()
         return torch.einsum("bhqc,bhkc->bhqk", chosen, counts)
 
-    return choose(grid, score, q, k, budget)
+    return score
 
 
-def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+def nearest(x: Tensor, centroids: Tensor) -> Tensor:
     """x [batch, kv_heads, n, head_dim] -> int64 [batch, kv_heads, n]"""
     return torch.einsum("bhnd,hcd->bhnc", x.float(), centroids).argmax(-1)
 
@@ -142,23 +149,16 @@ def mean_by_block(x: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def choose(
-    grid: Grid,
-    score: Callable[[slice], Tensor],
-    q: Tensor,
-    k: Tensor,
-    budget: int,
-    mass: float | None = None,
-) -> BlockMask:
-    """The always-on blocks and the best others, ``budget`` in all; the earlier block wins a tie.
+def choose(grid: Grid, score: Score, q: Tensor, k: Tensor, budget: int, mass: float | None = None) -> BlockMask:
+    """The always-on blocks and the best others, ``budget`` in all; the earlier block wins a tie, and one whose score is
+    -inf is never chosen.
 
-    score(part): float [batch, kv_heads, len(part), k_blocks] of some query blocks; those of blocks that a query reaches
-    into or that come later are not read. mass: of the others only the fewest whose softmax adds up to it (FlexPrefill's
-    cumulative budget, arXiv 2502.20766), within the budget. Of q and k only the shapes are read.
+    mass: of the others only the fewest whose softmax adds up to it (FlexPrefill's cumulative budget, arXiv 2502.20766),
+    within the budget. Of q and k only the shapes are read.
     """
     batch, seq, kv_heads, _ = k.shape
     first, last = grid.own(q.shape[1], seq - q.shape[1], k.device)
-    blocks = torch.arange(math.ceil(seq / grid.block_size), device=k.device)
+    blocks = torch.arange(grid.blocks(seq), device=k.device)
     width, step = min(budget, len(blocks)), max(1, CHUNK // (batch * kv_heads * len(blocks)))
     indices, keeps = [], []
     for start in range(0, len(first), step):
@@ -176,3 +176,14 @@ def choose(
     return BlockMask.from_index(
         torch.cat(indices, 2), torch.cat(keeps, 2), len(blocks), grid.block_size, grid.query_block_size
     )
+
+
+@torch.no_grad()
+def entropy(grid: Grid, score: Score, q: Tensor, k: Tensor, part: slice) -> Tensor:
+    """Of the softmax over the blocks that ``choose`` may pick, in nats: [batch, kv_heads, len(part)]; 0 where there are
+    none. Large: the selector sees no difference between them."""
+    first, last = (x[part] for x in grid.own(q.shape[1], k.shape[1] - q.shape[1], k.device))
+    blocks = torch.arange(grid.blocks(k.shape[1]), device=k.device)
+    others = (blocks < first.unsqueeze(1)) & ~grid.always(first, last, blocks)
+    weights = score(part).masked_fill(~others, -torch.inf).softmax(-1).nan_to_num()
+    return torch.special.entr(weights).sum(-1)

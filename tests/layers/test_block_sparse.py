@@ -69,7 +69,7 @@ def test_it_attends_to_what_the_selector_lists(options: dict[str, Any], query_bl
     dense, sparse = modules(**options, query_block_size=query_block_size)
     query, key, value = inputs = tensors()
     q, k, v = (x.transpose(0, 1) for x in inputs)
-    mask = sparse.select(q, k, 5)
+    mask = sparse.select(q, k, 5, sparse.score(q, k))
     expected = block_sparse_attention(q, k, v, mask, scale=1 / math.sqrt(8), backend="naive")
     assert isinstance(expected, Tensor)
     output = sparse(query, key, value, None)
@@ -117,15 +117,18 @@ def test_schedule_and_density() -> None:
 @pytest.mark.parametrize(
     ("sparse", "error"),
     [
-        ({"selector": "pooled"}, r"model\.sparse_attention: blocks=None with selector=pooled"),
+        ({"selector": "pooled"}, r"model\.sparse_attention: selector=pooled needs blocks"),
         ({"selector": "local", "blocks": 4}, "blocks=4 with selector=local"),
-        ({"selector": "local", "mass": 0.5}, "mass=0.5 needs selector=pooled or gate"),
+        ({"selector": "local", "mass": 0.5}, "mass=0.5 with selector=local: its pattern is fixed"),
         ({"selector": "pooled", "blocks": 3}, "blocks=3 leaves none to choose: 3 are always seen"),
         ({"selector": "pooled", "blocks": 4, "block_size": 8, "query_block_size": 16}, "4 are always seen"),
         ({"selector": "local", "layers": [1, 0, 1]}, r"sparse_attention\.layers has 3 flags for num_layers=2"),
-        ({"selector": "local", "ramp": 0.1}, "ramp=0.1 needs selector=pooled or gate"),
+        ({"selector": "local", "ramp": 0.1}, "ramp=0.1 with selector=local: its pattern is fixed"),
         ({"selector": "local", "dense_start": 0.6, "dense_end": 0.5}, "are more than the run"),
         ({"selector": "gate", "blocks": 9, "query_block_size": 2}, "gate chooses for single queries, set 1"),
+        ({"selector": "nsa", "blocks": 9, "query_block_size": 2}, "nsa chooses for single queries, set 1"),
+        ({"selector": "nsa", "blocks": 9, "compression_stride": 24}, "block_size=64 is not divisible by"),
+        ({"selector": "nsa", "blocks": 9, "compression_size": 40}, "compression_size=40 is not divisible by"),
         ({"selector": "moba"}, r"model\.sparse_attention\.selector = 'moba'"),
     ],
 )

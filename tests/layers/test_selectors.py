@@ -28,9 +28,11 @@ Selector = Callable[[Grid, Tensor, Tensor], BlockMask]
 SELECTORS: dict[str, Selector] = {
     "local": lambda grid, q, k: selectors.local(grid, q, k),
     "strided": lambda grid, q, k: selectors.strided(grid, q, k, STRIDE),
-    "pooled": lambda grid, q, k: selectors.pooled(grid, q, k, budget(grid)),
-    "mass": lambda grid, q, k: selectors.pooled(grid, q, k, budget(grid) + 2, mass=0.6),
-    "clusters": lambda grid, q, k: selectors.clusters(grid, q, k, CENTROIDS, budget(grid)),
+    "pooled": lambda grid, q, k: selectors.choose(grid, selectors.pooled(grid, q, k), q, k, budget(grid)),
+    "mass": lambda grid, q, k: selectors.choose(grid, selectors.pooled(grid, q, k), q, k, budget(grid) + 2, mass=0.6),
+    "clusters": lambda grid, q, k: selectors.choose(
+        grid, selectors.clusters(grid, q, k, CENTROIDS), q, k, budget(grid)
+    ),
 }
 
 
@@ -131,9 +133,9 @@ def test_with_a_cache_the_last_queries_choose_as_in_training(name: str) -> None:
 def test_scores_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory stays within CHUNK scores; the choice does not change."""
     q, k = tensors()
-    whole = selectors.pooled(GRIDS[0], q, k, 5)
+    whole = SELECTORS["pooled"](GRIDS[0], q, k)
     monkeypatch.setattr(selectors, "CHUNK", 200)
-    assert torch.equal(selectors.pooled(GRIDS[0], q, k, 5).index, whole.index)
+    assert torch.equal(SELECTORS["pooled"](GRIDS[0], q, k).index, whole.index)
 
 
 def test_strided_heads_of_a_rank() -> None:

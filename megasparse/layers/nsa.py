@@ -1,0 +1,207 @@
+"""Native sparse attention (NSA, arXiv 2502.11089): compressed, selected and window attention, each with its own keys
+and values, in a gated sum.
+
+Every ``compression_stride`` keys, ``compression_size`` of them become one compressed key. Attention to the compressed
+keys is a coarse view of the whole sequence; how much of it falls into a block, summed over the heads of a group, is
+that block's score, and the best blocks are seen in full. Choosing has no gradient: what chooses learns through the
+output of the compressed branch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from megasparse.config import SparseAttention
+from megasparse.layers import selectors
+from megasparse.layers.attention import PostNormSelfAttention
+from megasparse.layers.block_sparse import BlockSparseAttention
+from megasparse.layers.selectors import Grid, Score
+from megasparse.ops.block_sparse import block_sparse_attention
+
+
+class Branches(SelfAttention):
+    """Self-attention with keys and values for the compressed and the window branch, and a gate for each of the three.
+
+    What the core attention gets: keys and values of all branches, one after the other along the heads, and as
+    ``attention_bias`` the gates [seq, batch, heads * 3], before their sigmoid.
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.linear_branches = self._linear(4 * self.kv_projection_size)
+        self.linear_gate = self._linear(3 * config.num_attention_heads)
+
+    def _linear(self, width: int) -> ColumnParallelLinear:
+        config: Any = self.config
+        return ColumnParallelLinear(
+            config.hidden_size,
+            width,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            tp_group=self.pg_collection.tp,
+        )
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:  # type: ignore[override]
+        kwargs["attention_bias"] = self.linear_gate(hidden_states)[0]
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def get_query_key_value_tensors(  # type: ignore[override]
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries; and keys and values [seq, batch, 3 * kv_heads, head_dim]: selected, window, compressed."""
+        query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        others, _ = self.linear_branches(hidden_states)
+        window, compressed, *values = others.unflatten(-1, (key.shape[2], 4, -1)).unbind(3)
+        keys = [window, compressed]
+        if self.k_layernorm is not None:
+            keys = [self.k_layernorm(x) for x in keys]
+        return query, torch.cat([key, *keys], 2), torch.cat([value, *values], 2)
+
+
+class PostNormBranches(Branches, PostNormSelfAttention):
+    """The same with a norm on the output (OLMo2)."""
+
+
+class NativeSparseAttention(BlockSparseAttention):
+    """The three branches over what ``Branches`` gives."""
+
+    def __init__(self, config: Any, *args: Any, sparse: SparseAttention, **kwargs: Any) -> None:
+        super().__init__(config, *args, sparse=sparse, **kwargs)
+        heads = self.kv_heads // config.tensor_model_parallel_size
+        self.compress_key = Compression(config, heads, sparse)
+        self.compress_value = Compression(config, heads, sparse)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        outputs = super().forward(query, key, value, attention_mask, *args, **kwargs)
+        seq, batch, heads, _ = query.shape
+        gates = kwargs["attention_bias"].view(seq, batch, heads, 3, 1).sigmoid()
+        return (outputs.view(seq, batch, heads, 3, -1) * gates).sum(3).flatten(2)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        document_ids: Tensor | None,
+        start: int,
+        score: Score | None = None,
+    ) -> Tensor:
+        """-> [batch, heads, n, 3 * head_dim]: selected, window and compressed, one after the other."""
+        keys, values = key.chunk(3, 1), value.chunk(3, 1)
+        documents = None if document_ids is None else document_ids[:, : key.shape[2]]
+        compressed = self.compress_key(keys[2])
+        visible = self._visible(compressed.shape[2], start, query.shape[2], documents, key.device)
+        score = importance(query, compressed, visible, self.scale, self.sparse, self.grid.blocks(key.shape[2]))
+        outputs = [
+            super()._attend(query, keys[0], values[0], document_ids, start, score),
+            self._window(query, keys[1], values[1], documents, start),
+            masked_attention(query, compressed, self.compress_value(values[2]), visible, self.scale),
+        ]
+        if self.training and self.budget(query.shape[2], key.shape[2]) is not None:
+            own = torch.arange(start, key.shape[2], device=key.device) // self.sparse.block_size
+            window = (own + 1).clamp(max=self.sparse.window_blocks).sum()
+            coarse = visible.sum() / len(visible) / self.sparse.block_size
+            self.state.count_blocks((window + coarse) * len(query) * keys[0].shape[1], torch.zeros_like(coarse))
+        return torch.cat(outputs, -1)
+
+    def _window(self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, start: int) -> Tensor:
+        size = self.sparse.block_size
+        # A query's window starts with a block: all queries of a block have the same.
+        grid = Grid(size, size if start % size == 0 else 1, self.sparse.window_blocks, 0)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        output = block_sparse_attention(q, k, v, selectors.local(grid, q, k), scale=self.scale, document_ids=documents)
+        assert isinstance(output, Tensor)
+        return output.transpose(1, 2)
+
+    def _visible(
+        self, compressed: int, start: int, queries: int, documents: Tensor | None, device: torch.device
+    ) -> Tensor:
+        """bool [1 or batch, 1, queries, compressed]: the compressed keys all of whose keys the query may see."""
+        first = torch.arange(compressed, device=device) * self.sparse.compression_stride
+        positions = torch.arange(start, start + queries, device=device)
+        visible = (first + self.sparse.compression_size <= positions.unsqueeze(1) + 1).unsqueeze(0)
+        if documents is not None:
+            visible = visible & (documents[:, start:].unsqueeze(2) == documents[:, first].unsqueeze(1))
+        return visible.unsqueeze(1)
+
+
+class Compression(nn.Module):
+    """``compression_size`` keys or values to one: their mean, and an MLP of them with their places.
+
+    x_0 .. x_{l-1} -> mean(x) + output gelu(hidden [x_0 + position_0, .., x_{l-1} + position_{l-1}]).
+    position [kv_heads, l, head_dim], hidden [kv_heads, head_dim, l * head_dim], output [kv_heads, head_dim, head_dim]:
+    of this tensor-parallel rank's K/V heads. The paper has the MLP alone; with the mean, scores mean something from the
+    start.
+    """
+
+    def __init__(self, config: Any, kv_heads: int, sparse: SparseAttention) -> None:
+        super().__init__()
+        self.size, self.stride = sparse.compression_size, sparse.compression_stride
+        dim, dtype = config.kv_channels, config.params_dtype
+        self.position = nn.Parameter(torch.empty(kv_heads, self.size, dim, dtype=dtype))
+        self.hidden = nn.Parameter(torch.empty(kv_heads, dim, self.size * dim, dtype=dtype))
+        self.output = nn.Parameter(torch.empty(kv_heads, dim, dim, dtype=dtype))
+        for weight in (self.position, self.hidden, self.output):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, kv_heads, keys, head_dim] -> [batch, kv_heads, (keys - l) // stride + 1, head_dim]; none for fewer
+        than l keys."""
+        if x.shape[2] < self.size:
+            return x[:, :, :0]
+        windows = x.unfold(2, self.size, self.stride).transpose(-1, -2)  # [batch, kv_heads, n, l, head_dim]
+        placed = (windows + self.position.unsqueeze(1)).flatten(-2)
+        inner = F.gelu(torch.einsum("bhne,hde->bhnd", placed, self.hidden))
+        return windows.mean(-2) + torch.einsum("bhne,hde->bhnd", inner, self.output)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Softmax attention to the visible keys; 0 for a query that sees none."""
+    if key.shape[2] == 0:
+        return torch.zeros_like(query)
+    none = ~visible.any(-1, keepdim=True)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible | none, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output.masked_fill(none, 0)
+
+
+def importance(
+    query: Tensor, compressed: Tensor, visible: Tensor, scale: float, sparse: SparseAttention, blocks: int
+) -> Score:
+    """score(t, j) = log of the attention to compressed keys that falls into block j of ``blocks``, summed over the
+    group's heads. Shapes as in ``masked_attention``.
+
+    A compressed key counts for a block as often as strides of it lie there (the paper's equation 9).
+    """
+    group = query.shape[1] // compressed.shape[1]
+    strides = sparse.block_size // sparse.compression_stride  # of a block
+    count = compressed.shape[2]
+    keys = compressed.detach().float()
+
+    def score(part: slice) -> Tensor:
+        rows, seen = query[:, :, part].detach().unflatten(1, (-1, group)), visible[:, :, part].unsqueeze(2)
+        step = max(1, selectors.CHUNK // max(1, query.shape[0] * query.shape[1] * count))
+        scores = []
+        for some, see in zip(rows.split(step, 3), seen.split(step, 3), strict=True):
+            logits = torch.einsum("bhgqd,bhkd->bhgqk", some.float(), keys) * scale
+            weights = logits.masked_fill(~see, -torch.inf).softmax(-1).nan_to_num().sum(2)
+            by_stride = weights.new_zeros(*weights.shape[:-1], blocks * strides)
+            for n in range(sparse.compression_size // sparse.compression_stride):
+                by_stride[..., n : n + count] += weights
+            scores.append(by_stride.unflatten(-1, (blocks, strides)).sum(-1).log())
+        return torch.cat(scores, 2)
+
+    return score
