@@ -142,9 +142,7 @@ class SparseAttention(Section):
         if not self.chooses:
             for field, value in (("blocks", self.blocks), ("mass", self.mass), ("ramp", self.ramp or None)):
                 if value is not None:
-                    raise ValueError(
-                        f"{field}={value} with selector={self.selector}: it sees a fixed pattern, unset it"
-                    )
+                    raise ValueError(f"{field}={value} with selector={self.selector}: its pattern is fixed, unset it")
         elif self.blocks is None:
             raise ValueError(f"selector={self.selector} needs blocks: how many a query sees in all")
         if self.selector in ("gate", "nsa") and self.query_block_size > 1:
