@@ -1,0 +1,93 @@
+"""What each selector costs in quality: validation loss on a corpus at equal tokens, and the share of blocks seen.
+
+    python tools/bench/selectors.py data/stdlib [--variants dense nsa] [--steps 450]
+
+One recipe, one seed, the same batches; only model.sparse_attention differs. About a quarter of the causal key blocks
+are seen, as counted in training, all branches of NSA included. Each variant's run stays in --runs and is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+SEQ, BATCH, BLOCK = 1024, 4, 16
+BUDGET = {"block_size": BLOCK, "local_blocks": 2, "sink_blocks": 1, "blocks": 8, "dense_start": 0.1}
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "local": {"selector": "local", "block_size": BLOCK, "local_blocks": 7, "sink_blocks": 1, "dense_start": 0.1},
+    "strided": {**{"selector": "strided", "block_size": BLOCK, "stride": 7}, **{"local_blocks": 3, "dense_start": 0.1}},
+    "pooled": {"selector": "pooled", **BUDGET},
+    "gate": {"selector": "gate", **BUDGET, "gate_dim": 32},
+    "nsa": {"selector": "nsa", **BUDGET, "blocks": 4, "local_blocks": 1, "window_blocks": 2},
+}
+
+
+def recipe(data: Path, sparse: dict[str, Any] | None, steps: int) -> dict[str, Any]:
+    """Six layers, 16 experts top-2: the model of examples/pretrain.yaml on sequences four times as long."""
+    return {
+        "name": "selectors",
+        "data": {"sets": [{"path": str(data)}], "seq_length": SEQ},
+        "model": {
+            **{"num_layers": 6, "hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 2},
+            **{"qk_norm": "head", "tie_embeddings": True, "init_std": 0.06, "sparse_attention": sparse},
+            "moe": {"num_experts": 16, "top_k": 2, "ffn_hidden_size": 256, "bias_update_rate": 0.005},
+        },
+        "optimizer": {"lr": 2e-3},
+        "schedule": {
+            **{"type": "wsd", "warmup_tokens": 50 * SEQ * BATCH, "min_lr_ratio": 0.0},
+            "decay_tokens": steps * SEQ * BATCH // 3,
+        },
+        "training": {
+            **{"steps": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH // 2, "precision": "bf16"},
+            **{"eval_interval": steps, "eval_tokens": 400_000, "save_interval": steps},
+        },
+        "parallel": {"ep": 2, "zero_stage": 1},
+    }
+
+
+def train(folder: Path, data: Path, sparse: dict[str, Any] | None, steps: int) -> list[dict[str, Any]]:
+    """The metrics of each step of a run, which is made where it is not there."""
+    metrics = folder / "metrics.jsonl"
+    if not (folder / "done").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "variant.yaml"
+        path.write_text(yaml.safe_dump(recipe(data, sparse, steps)))
+        command = ["deepspeed", "--num_gpus", "2", "--module", "megasparse", "train", str(path)]
+        with (folder / "log.txt").open("w") as log:
+            subprocess.run([*command, "--run-dir", str(folder)], check=True, stdout=log, stderr=subprocess.STDOUT)
+        (folder / "done").touch()
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--runs", type=Path, default=Path("runs/selectors"))
+    options = parser.parse_args()
+    table = Table("selector", "validation loss, nats/token", "to dense", "blocks seen", "tokens/s")
+    first = None
+    for name in options.variants:
+        steps = train(options.runs / name, options.data.resolve(), VARIANTS[name], options.steps)
+        loss = steps[-1]["validation_loss"]
+        first = first or loss
+        speeds = sorted(step["timing"]["tokens_per_second"] for step in steps[len(steps) // 5 :])
+        density = steps[-1].get("block_density")
+        seen = "1" if density is None else f"{density:.3f}"
+        table.add_row(name, f"{loss:.4f}", f"{loss / first - 1:+.2%}", seen, f"{speeds[len(speeds) // 2]:.0f}")
+        print(f"{name}: {loss:.4f}", file=sys.stderr)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
