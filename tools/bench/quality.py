@@ -1,6 +1,6 @@
 """What each selector costs in quality: validation loss on a corpus at equal tokens, and the share of blocks seen.
 
-    python tools/bench/selectors.py data/stdlib [--variants dense nsa] [--steps 450]
+    python tools/bench/quality.py data/stdlib [--variants dense nsa] [--steps 450]
 
 One recipe, one seed, the same batches; only model.sparse_attention differs. About a quarter of the causal key blocks
 are seen, as counted in training, all branches of NSA included. Each variant's run stays in --runs and is not repeated.
@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 def recipe(data: Path, sparse: dict[str, Any] | None, steps: int) -> dict[str, Any]:
     """Six layers, 16 experts top-2: the model of examples/pretrain.yaml on sequences four times as long."""
     return {
-        "name": "selectors",
+        "name": "quality",
         "data": {"sets": [{"path": str(data)}], "seq_length": SEQ},
         "model": {
             **{"num_layers": 6, "hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 2},
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=450)
-    parser.add_argument("--runs", type=Path, default=Path("runs/selectors"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     options = parser.parse_args()
     table = Table("selector", "validation loss, nats/token", "to dense", "blocks seen", "tokens/s")
     first = None
