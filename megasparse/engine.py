@@ -27,7 +27,7 @@ from torch import Tensor
 from megasparse import platform
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
-from megasparse.layers.step import StepState, auxiliary_losses
+from megasparse.layers.step import StepState, attention_observations, auxiliary_losses
 from megasparse.model import GPTModel, Weight, local_weights, moe_layers
 from megasparse.topology import MegatronMPU, Topology
 
@@ -43,7 +43,9 @@ class StepResult:
     loss_scale: float
     expert_tokens: Tensor  # [MoE layers, experts] int64: tokens routed to each expert
     dropped_fraction: float  # of the routed copies; 0 when dropless
-    block_density: float | None  # the share of causal key blocks that sparse attention saw; None: the model has none
+    attention: dict[str, float]
+    """Of block-sparse layers: ``block_density``, the share of causal key blocks that they saw, and what
+    layers.step.attention_observations names. Empty where attention was dense."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Engine:
             loss_scale=loss_scale,
             expert_tokens=statistics.expert_tokens[is_moe],
             dropped_fraction=statistics.dropped / routed if routed else 0.0,
-            block_density=statistics.block_density,
+            attention=statistics.attention,
         )
 
     @torch.no_grad()
@@ -334,22 +336,25 @@ class Engine:
     def _reduce_statistics(self, losses: list[Tensor], tokens: float) -> _Statistics:
         """The global batch's statistics from every rank's part: one all-reduce over the world."""
         model, moe = self.recipe.model, self.recipe.model.moe
-        names = auxiliary_losses(model)
+        losses_of_layers = auxiliary_losses(model)
+        names = losses_of_layers + attention_observations(model)
         counts = torch.zeros(model.num_layers, (moe.num_experts if moe else 0) + 1)
         for layer, mixture in self._moe:
             counts[layer] = mixture.router.counts
         own_loss = sum(loss.item() for loss in losses) / tokens if self._reports_loss else 0.0
-        own_aux = [float(self.step_state.losses.get(name, 0.0)) / self.topology.dp for name in names]
+        own_means = [float(self.step_state.means.get(name, 0.0)) / self.topology.dp for name in names]
         own_blocks = [float(self.step_state.blocks.get(name, 0.0)) for name in ("listed", "all")]
-        sums = self._all_reduce([own_loss, *own_blocks, *own_aux, *counts.flatten().tolist()], None)
+        sums = self._all_reduce([own_loss, *own_blocks, *own_means, *counts.flatten().tolist()], None)
         loss, listed, blocks, *rest = sums
         counts = torch.tensor(rest[len(names) :], dtype=torch.float64).view(counts.shape).long()
+        means = dict(zip(names, rest, strict=False))
+        auxiliary = {name: means.pop(name) for name in losses_of_layers}
         return _Statistics(
             loss=loss,
-            aux_losses=dict(zip(names, rest, strict=False)),
+            aux_losses=auxiliary,
             expert_tokens=counts[:, :-1],
             dropped=int(counts[:, -1].sum()),
-            block_density=listed / blocks if blocks else None,
+            attention={"block_density": listed / blocks, **means} if blocks else {},
         )
 
     def _all_reduce(self, values: list[float], group: dist.ProcessGroup | None) -> list[float]:
@@ -366,7 +371,7 @@ class _Statistics:
     aux_losses: dict[str, float]
     expert_tokens: Tensor  # [layers, experts] int64
     dropped: int
-    block_density: float | None
+    attention: dict[str, float]
 
 
 def parameter_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, Any]]:

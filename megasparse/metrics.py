@@ -152,7 +152,8 @@ class MetricsLogger:
     the clock, so that the rest is the same to the bit in a run that was killed and resumed. A value that is not
     finite is null there. The console shows a progress bar, or a plain line every ``log_interval`` steps where the
     output is not a terminal. Names it knows: ``loss``, ``learning_rate``, ``grad_norm``, ``expert_load``,
-    ``dropped_fraction``, ``block_density``; timing's ``tokens_per_second`` and ``mfu``. All are optional.
+    ``dropped_fraction``, ``block_density``, ``attention_recall``; timing's ``tokens_per_second`` and ``mfu``. All are
+    optional.
     """
 
     def __init__(self, run_dir: Path, recipe: Recipe, first_step: int = 1, rank: int = 0) -> None:
@@ -313,11 +314,13 @@ QUALITY = [
     _Shown("expert_load", "load", "{:.2f}"),
     _Shown("dropped_fraction", "dropped", "{:.1f}%", 100),
     _Shown("block_density", "blocks", "{:.1f}%", 100),
+    _Shown("attention_recall", "recall", "{:.1f}%", 100),
 ]
 PANELS = {  # under the loss in the picture: label, colour, least value of the axis
     "learning_rate": ("learning rate", "#08519c", 0),
     "expert_load": ("expert load\nmax / mean", "#31a354", 1),
     "block_density": ("attention\nblocks seen", "#756bb1", 0),
+    "attention_recall": ("attention\nrecalled", "#dd1c77", 0),
 }
 SPEED = [_Shown("tokens_per_second", "tok/s", "{:,.0f}"), _Shown("mfu", "mfu", "{:.1f}%", 100)]
 

@@ -231,7 +231,7 @@ def _core_attention(model: Model, index: int, topology: Topology, state: StepSta
         return CoreAttention
     params = {
         **{"sparse": model.sparse_attention, "state": state},
-        **{"tp_rank": topology.tp_rank, "kv_heads": model.kv_heads, "num_gates": sum(model.sparse_layers)},
+        **{"tp_rank": topology.tp_rank, "kv_heads": model.kv_heads, "num_sparse_layers": sum(model.sparse_layers)},
     }
     nsa = model.sparse_attention.selector == "nsa"
     return ModuleSpec(module=NativeSparseAttention if nsa else BlockSparseAttention, params=params)

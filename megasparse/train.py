@@ -80,7 +80,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
         rate = learning_rate(tokens_seen, recipe.optimizer, recipe.schedule, recipe.total_tokens)
         result = engine.train_step(batches, step, rate)
         metrics = step_metrics(result, rate, tokens_seen)
-        timing = speed.timing(time.perf_counter() - started, result.block_density)
+        timing = speed.timing(time.perf_counter() - started, result.attention.get("block_density", 1.0))
 
         done, last = step + 1, step + 1 == training.steps
         if not last and due(done, training.eval_interval):
@@ -142,12 +142,11 @@ def step_metrics(result: StepResult, rate: float, tokens_seen: int) -> dict[str,
         "grad_norm": result.grad_norm,
         "tokens": tokens_seen,
         **result.aux_losses,
+        **result.attention,
     }
     if len(result.expert_tokens):
         metrics["expert_load"] = largest_load(result.expert_tokens)
         metrics["dropped_fraction"] = result.dropped_fraction
-    if result.block_density is not None:
-        metrics["block_density"] = result.block_density
     if result.skipped:
         metrics["skipped"] = 1
     if result.loss_scale != 1.0:
@@ -170,10 +169,10 @@ class Speed:
         dist.all_reduce(rate)
         return Speed(recipe, vocab_size, rate.item())
 
-    def timing(self, seconds: float, block_density: float | None) -> dict[str, float]:
+    def timing(self, seconds: float, block_density: float) -> dict[str, float]:
         model, seq = self.recipe.model, self.recipe.data.seq_length
         rate = self.recipe.tokens_per_step / seconds
-        flops = flops_per_token(model, self.vocab_size, seq, 1.0 if block_density is None else block_density)
+        flops = flops_per_token(model, self.vocab_size, seq, block_density)
         return {"seconds": seconds, "tokens_per_second": rate, "mfu": rate * flops / self.device_flops}
 
 

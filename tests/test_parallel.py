@@ -46,7 +46,7 @@ def train(raw: dict[str, Any], masked: bool) -> dict[str, Any]:
         steps.append(
             {
                 **{"loss": result.loss, "norm": result.grad_norm, **result.aux_losses},
-                **{"tokens": result.expert_tokens, "density": result.block_density or 0.0},
+                **{"tokens": result.expert_tokens, "attention": result.attention},
             }
         )
     nats, tokens = engine.evaluate(small.batches(recipe, STEPS, place.dp_rank, place.dp, masked))

@@ -13,6 +13,7 @@ from megasparse.config import SparseAttention
 from megasparse.layers import selectors
 from megasparse.layers.attention import CoreAttention
 from megasparse.layers.gate import AttentionGate, gate_loss
+from megasparse.layers.recall import attention_recall, sampled
 from megasparse.layers.selectors import Grid, Score
 from megasparse.layers.step import StepState
 from megasparse.ops.block_sparse import BlockMask, block_mass, block_sparse_attention
@@ -30,12 +31,12 @@ class BlockSparseAttention(CoreAttention):
         state: StepState,
         tp_rank: int,
         kv_heads: int,
-        num_gates: int = 1,
+        num_sparse_layers: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, *args, **kwargs)
         self.sparse, self.state, self.kv_heads = sparse, state, kv_heads
-        self.num_gates = num_gates
+        self.num_sparse_layers = num_sparse_layers
         self.first_head = tp_rank * (kv_heads // config.tensor_model_parallel_size)
         self.grid = Grid(sparse.block_size, sparse.query_block_size, sparse.local_blocks, sparse.sink_blocks)
         self.gate: AttentionGate | None = None
@@ -71,12 +72,24 @@ class BlockSparseAttention(CoreAttention):
         output, lse = block_sparse_attention(q, k, v, mask, scale=self.scale, document_ids=documents, return_lse=True)
         if self.training:
             self.state.count_blocks(mask.count.sum(), (last + 1).sum() * len(k) * k.shape[2])
+            if k.shape[1] == self._seq(q.shape[1], k.shape[1]) and self.state.first_pass():
+                self._observe(q, k, mask, score, documents)
         if self.training and gated is not None:
             mass = block_mass(q, k, lse, mask, scale=self.scale, document_ids=documents)
             scores = torch.einsum("bhqd,bhkd->bhqk", *gated)
             share = len(q) * self.kv_heads * self._seq(q.shape[1], k.shape[1])
             output = self._add_loss(output, gate_loss(scores, mask, mass, first) / share)
         return output.transpose(1, 2)
+
+    def _observe(self, q: Tensor, k: Tensor, mask: BlockMask, score: Score | None, documents: Tensor | None) -> None:
+        """Recall and entropy over the last queries of the sequence: this rank's heads' part of their means."""
+        parts = len(q) * self.kv_heads * self.num_sparse_layers
+        recall = attention_recall(q, k, mask, self.scale, documents)
+        self.state.record("attention_recall", recall.sum() / parts)
+        if score is not None:
+            rows = sampled(q) // self.grid.query_block_size
+            entropy = selectors.entropy(self.grid, score, q, k, slice(int(rows[0]), int(rows[-1]) + 1))
+            self.state.record("selector_entropy", entropy.mean(-1).sum() / parts)
 
     def _seq(self, queries: int, keys: int) -> int:
         """Length of the sequence of which this rank has ``queries`` in one call, and ``keys`` from its start on."""
@@ -88,7 +101,7 @@ class BlockSparseAttention(CoreAttention):
 
     def _add_loss(self, output: Tensor, loss: Tensor) -> Tensor:
         """``loss`` is the part of this rank's heads and queries: parts sum to the micro-batch's mean."""
-        self.state.record("gate_loss", loss / self.num_gates)
+        self.state.record("gate_loss", loss / self.num_sparse_layers)
         scale = self.state.context_parallel / self.state.num_micro_batches  # DeepSpeed's average divides by the first
         if not loss.requires_grad:
             return output

@@ -23,7 +23,7 @@ class StepState:
     num_micro_batches: int = 1
     recompute: bool = False  # layers run twice: the first time without gradients
     context_parallel: int = 1  # ranks that share a micro-batch's tokens, over which DeepSpeed averages gradients
-    losses: dict[str, Tensor] = field(default_factory=dict)  # mean over micro-batches and layers, this rank's part
+    means: dict[str, Tensor] = field(default_factory=dict)  # over micro-batches and layers, this rank's part
     blocks: dict[str, Tensor] = field(
         default_factory=dict
     )  # key blocks that sparse attention listed, and all there are
@@ -32,7 +32,7 @@ class StepState:
     def begin(self, step: int, steps: int, num_micro_batches: int) -> None:
         """Step ``step`` (from 0) of a run of ``steps``."""
         self.step, self.progress, self.num_micro_batches = step, (step + 1) / steps, num_micro_batches
-        self.losses.clear()
+        self.means.clear()
         self.blocks.clear()
         self.pooled.clear()
 
@@ -43,7 +43,7 @@ class StepState:
     def record(self, name: str, value: Tensor) -> None:
         if self.first_pass():
             part = value.detach() / self.num_micro_batches
-            self.losses[name] = self.losses[name] + part if name in self.losses else part
+            self.means[name] = self.means[name] + part if name in self.means else part
 
     def count_blocks(self, listed: Tensor, all_: Tensor) -> None:
         if self.first_pass():
@@ -59,3 +59,11 @@ def auxiliary_losses(model: Model) -> list[str]:
     if model.sparse_attention is not None and model.sparse_attention.selector == "gate":
         coefficients["gate_loss"] = model.sparse_attention.gate_loss_coefficient
     return [name for name, coefficient in coefficients.items() if coefficient > 0]
+
+
+def attention_observations(model: Model) -> list[str]:
+    """Names of what block-sparse layers record besides: the share of dense attention that their blocks have
+    (layers/recall.py), and in nats the entropy of the softmax over the blocks that a selector chooses from."""
+    if model.sparse_attention is None:
+        return []
+    return ["attention_recall", *(["selector_entropy"] if model.sparse_attention.chooses else [])]

@@ -174,7 +174,7 @@ def test_evaluation_has_neither_noise_nor_counters_nor_losses() -> None:
     assert routed.experts.tolist() == experts
     assert routed.loss is None
     assert router.counts.sum() == 0
-    assert router.state.losses == {}
+    assert router.state.means == {}
 
 
 # Losses
@@ -213,8 +213,8 @@ def test_micro_batch_loss(score_function: str) -> None:
         logits = (x @ router.weight.detach().T).tolist()
         z.append(sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in logits) / TOKENS)
         assert loss.item() == pytest.approx((0.03 * aux[-1] + 0.002 * z[-1]) / 2, rel=1e-12)
-    assert state.losses["load_balance_loss"].item() == pytest.approx(sum(aux) / 2 / 5, rel=1e-12)
-    assert state.losses["z_loss"].item() == pytest.approx(sum(z) / 2 / 5, rel=1e-12)
+    assert state.means["load_balance_loss"].item() == pytest.approx(sum(aux) / 2 / 5, rel=1e-12)
+    assert state.means["z_loss"].item() == pytest.approx(sum(z) / 2 / 5, rel=1e-12)
 
 
 def test_global_batch_loss_uses_the_previous_step() -> None:
@@ -250,7 +250,7 @@ def test_all_layers_loss_equals_transformers() -> None:
         logits.append(x @ router.weight.detach().T)
     expected = load_balancing_loss_func(tuple(logits), EXPERTS, 3)
     assert sum(0.0 if loss is None else loss.item() for loss in losses) == pytest.approx(0.03 * expected.item())
-    assert state.losses["load_balance_loss"].item() == pytest.approx(expected.item())
+    assert state.means["load_balance_loss"].item() == pytest.approx(expected.item())
     assert state.pooled == [], "the next micro-batch starts anew"
 
 
@@ -314,7 +314,7 @@ def tensor_parallel_losses(scope: str, tp: int) -> dict[str, Any]:
         total = total if loss is None else total + loss
         weights.append(router.weight)
     total.backward()
-    recorded = {name: value.item() for name, value in state.losses.items()}
+    recorded = {name: value.item() for name, value in state.means.items()}
     return {"grads": [w.grad for w in weights], "recorded": recorded, "loss": total.item()}
 
 
@@ -340,12 +340,12 @@ def test_counters_advance_once_under_recompute() -> None:
     x, index = tokens()
     with torch.no_grad():
         first = router(x, index)
-    counts, recorded = router.counts.clone(), state.losses["load_balance_loss"].clone()
+    counts, recorded = router.counts.clone(), state.means["load_balance_loss"].clone()
     assert first.loss is None
     second = router(x, index)
     assert second.loss is not None
     assert torch.equal(router.counts, counts)
-    assert torch.equal(state.losses["load_balance_loss"], recorded)
+    assert torch.equal(state.means["load_balance_loss"], recorded)
     assert torch.equal(first.keep, second.keep)
 
 

@@ -16,13 +16,13 @@ def test_each_micro_batch_counts_once(recompute: bool) -> None:
     for step in range(2):
         state.begin(step, 4, 2)
         assert (state.step, state.progress) == (step, (step + 1) / 4)
-        assert not state.losses
+        assert not state.means
         for value in (1.0, 3.0):
             for grad in (False, True) if recompute else (True,):
                 with torch.set_grad_enabled(grad):
                     state.record("loss", torch.tensor(value))
                     state.count_blocks(torch.tensor(value), torch.tensor(10))
-        assert state.losses == {"loss": 2.0}
+        assert state.means == {"loss": 2.0}
         assert state.blocks == {"listed": 4.0, "all": 20}
 
 
