@@ -28,7 +28,7 @@ class Whole:
     scalars: list[dict[str, float]]
     gradients: list[dict[str, Tensor]]  # of each step, by name; whole tensors
     weights: dict[str, Tensor]  # and buffers
-    routes: dict[tuple[int, int, int], tuple[int, ...]]
+    routes: dict[tuple[int, ...], tuple[int, ...]]  # and lists of key blocks
     margin: float
     moved: dict[str, Tensor] = field(default_factory=dict)  # how far the optimizer's weights came in all steps
     contradictions: list[str] = field(default_factory=list)  # what ranks should agree on and do not
@@ -56,14 +56,20 @@ def assemble(ranks: list[Seen]) -> Whole:
     )
 
 
-def _routes(ranks: list[Seen], contradictions: list[str]) -> dict[tuple[int, int, int], tuple[int, ...]]:
+def _routes(ranks: list[Seen], contradictions: list[str]) -> dict[tuple[int, ...], tuple[int, ...]]:
     """Ranks that route the same token, as tensor-parallel ones do, must agree."""
-    routes: dict[tuple[int, int, int], tuple[int, ...]] = {}
+    routes: dict[tuple[int, ...], tuple[int, ...]] = {}
     for rank in ranks:
         for key, route in rank.routes.items():
             if routes.setdefault(key, route) != route:
-                contradictions.append("ranks take different routes in step {}, layer {}, token {}".format(*key))
+                contradictions.append(f"ranks take different routes in {_place(key)}")
     return routes
+
+
+def _place(key: tuple[int, ...]) -> str:
+    """Of a route, or of a list of key blocks."""
+    names = ("step", "layer", "token", "K/V head")
+    return ", ".join(f"{name} {number}" for name, number in zip(names, key, strict=False))
 
 
 def _tensors(parts: Parts, kind: str, contradictions: list[str], norm: float = 0.0) -> dict[str, Tensor]:
@@ -111,7 +117,7 @@ class Comparison:
     groups: dict[str, Group] = field(default_factory=dict)
     tensors: dict[str, tuple[float, float]] = field(default_factory=dict)  # name -> (worst gradient, weight)
     noise: dict[str, float] = field(default_factory=dict)  # gradients that are rounding: not judged
-    flipped: list[str] = field(default_factory=list)  # routes that differ: "step, layer, token"
+    flipped: list[str] = field(default_factory=list)  # routes and lists of key blocks that differ, by _place
     margin: float = math.inf
     first: str = ""  # the first parameter that differs, in the order of steps and of the model
     diagnosis: str = ""
@@ -211,7 +217,7 @@ def compare(
         if worse(difference, group.weight):
             group.weight, group.worst_weight = difference, name
     result.flipped = [
-        "step {}, layer {}, token {}".format(*key)
+        _place(key)
         for key in sorted(reference.routes.keys() | ours.routes.keys())
         if ours.routes.get(key) != reference.routes.get(key)
     ]
@@ -344,6 +350,8 @@ def diagnose(result: Comparison, ours: Whole, reference: Whole) -> str:
     factors = [group.factor for kind, group in groups.items() if kind != "router"]  # that is the auxiliary loss's
     same_loss = abs(a["loss"] - b["loss"]) <= TOLERANCE * abs(b["loss"])
     if not same_loss:
+        if any("K/V head" in place for place in result.flipped):
+            return f"the loss of the first step differs, and so do lists of key blocks, {result.flipped[0]} first"
         return "the loss of the first step differs: the forward pass computes something else"
     if not off:
         if abs(a["grad_norm"] - b["grad_norm"]) > TOLERANCE * b["grad_norm"]:

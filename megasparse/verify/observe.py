@@ -14,7 +14,9 @@ from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch, make_batch
 from megasparse.engine import Engine
+from megasparse.layers.block_sparse import BlockSparseAttention
 from megasparse.model import blocks, build_model, local_buffers, local_weights, moe_layers
+from megasparse.ops.block_sparse import BlockMask
 
 Parts = list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]  # name, shape of the whole, offsets, a rectangle
 
@@ -27,8 +29,9 @@ class Seen:
     gradients: list[Parts] = field(default_factory=list)  # of each step: reduced, before clipping
     weights: Parts = field(default_factory=list)  # after the last step; and buffers
     moved: Parts = field(default_factory=list)  # how far the optimizer's weights, float32, came in all steps
-    routes: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
-    """(step, layer, token's number) -> its experts, in ascending order."""
+    routes: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
+    """(step, layer, token's number) -> its experts, in ascending order; and with the K/V head as a fourth number the
+    key blocks that the token sees, or the query block that starts with it."""
     margin: float = math.inf  # the least distance between the scores of a token's last chosen and first left expert
 
 
@@ -42,6 +45,8 @@ def observe(raw: dict[str, Any], steps: int) -> Seen:
     seen = Seen()
     for layer, moe in moe_layers(chunks):
         moe.router.register_forward_hook(_record_routes(seen, state, layer))
+    for chunk in chunks:
+        _record_lists(seen, state, chunk)
 
     def before_step() -> None:
         scale = engine.loss_scale()
@@ -87,6 +92,40 @@ def _record_routes(seen: Seen, state: Any, layer: int) -> Any:
             seen.margin = min(seen.margin, (best[:, -2] - best[:, -1]).min().item())
 
     return hook
+
+
+def _record_lists(seen: Seen, state: Any, chunk: Any) -> None:
+    """Record what each block-sparse layer of ``chunk`` selects. A layer is asked once for each part of the sequence
+    that this rank has, in their order."""
+    tokens: list[Tensor] = []  # numbers [batch, seq] of the micro-batch that is in the model
+    start: dict[int, int] = {}  # by layer: how many of them it has been asked for
+
+    def begin(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        tokens[:] = [kwargs["padding_mask"]]
+        start.clear()
+
+    def record(layer: int, attention: BlockSparseAttention) -> Any:
+        select = attention.select
+
+        def recorded(q: Tensor, *arguments: Any) -> BlockMask:
+            mask = select(q, *arguments)
+            if not state.first_pass():
+                return mask
+            first = start.get(layer, 0)
+            start[layer] = first + q.shape[1]
+            numbers = tokens[0][:, first : first + q.shape[1] : mask.query_block_size].tolist()
+            for (row, head, i), count in np.ndenumerate(mask.count.numpy()):
+                listed = mask.index[row, head, i, :count].tolist()
+                seen.routes[state.step, layer, numbers[row][i], attention.first_head + head] = tuple(sorted(listed))
+            return mask
+
+        return recorded
+
+    chunk.register_forward_pre_hook(begin, with_kwargs=True)
+    for layer in chunk.decoder.layers:
+        attention = layer.self_attention.core_attention
+        if isinstance(attention, BlockSparseAttention):
+            attention.select = record(layer.layer_number - 1, attention)  # type: ignore[method-assign]
 
 
 def _batches(recipe: Recipe, step: int, place: topology.Topology) -> list[Batch]:

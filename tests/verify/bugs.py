@@ -1,4 +1,4 @@
-"""Five classic mistakes of layouts, planted in the production code for one call."""
+"""Mistakes of layouts, planted in the production code for one call."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megasparse import engine
 from megasparse.engine import Engine
+from megasparse.layers import selectors
 from megasparse.layers.router import Router
 
 
@@ -37,6 +38,18 @@ def aux_loss_scaled_by_tensor_parallelism() -> Iterator[None]:
         return None if right is None else right * dist.get_world_size(self.group)
 
     with mock.patch.object(Router, "_loss", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def strides_by_the_head_of_the_rank() -> Iterator[None]:
+    """Tensor-parallel ranks shift the strided pattern by their own heads' numbers."""
+    strided = selectors.strided
+
+    def wrong(grid: Any, q: Any, k: Any, stride: int, first_head: int, all_heads: int) -> Any:
+        return strided(grid, q, k, stride, 0, all_heads)
+
+    with mock.patch.object(selectors, "strided", wrong):
         yield
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from megasparse import topology
@@ -12,6 +15,8 @@ from tests.helpers import relative_error, run_distributed
 RECIPE = small.recipe(
     {"vocab_size": 95}, {"bias_update_rate": 0.01}, optimizer={"clip_grad": 0.0}, data={"document_mask": True}
 )
+
+NSA = {"compression_size": 2, "compression_stride": 2, "window_blocks": 2}
 
 
 def test_samples_are_those_of_their_numbers() -> None:
@@ -52,3 +57,18 @@ def test_what_is_seen() -> None:
     for name, _, _, moved in seen.moved:
         assert relative_error(before[name] + moved, after[name]) < 1e-6
         assert moved.abs().max() > 0
+
+
+@pytest.mark.parametrize("options", [{"query_block_size": 4}, {"selector": "nsa", **NSA}], ids=str)
+def test_lists_of_key_blocks_are_seen(options: dict[str, Any]) -> None:
+    """Each sparse layer's lists, once under recompute, by the number of their first token and the K/V head."""
+    sparse = {"selector": "pooled", "block_size": 4, "blocks": 4, "layers": [0, 1], **options}
+    recipe = small.recipe({"vocab_size": 95, "sparse_attention": sparse}, training={"recompute": "full"})
+    (seen,) = run_distributed(observe, 1, recipe.model_dump(mode="json"), 2)
+    size = options.get("query_block_size", 1)
+    tokens = range(0, 2 * 8 * small.SEQ, size)
+    assert set(seen.routes) == {(t // (8 * small.SEQ), 1, t, head) for t in tokens for head in range(2)}
+    for (_, _, token, _), listed in seen.routes.items():
+        own = token % small.SEQ // 4
+        assert {0, own} <= set(listed) <= set(range(own + 1))
+        assert len(listed) == min(own + 1, 4)

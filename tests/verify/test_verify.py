@@ -82,6 +82,21 @@ def test_a_planted_bug_is_found_and_named(
     assert comparison.worst > 1e-4, "not rounding"
 
 
+def test_other_lists_of_key_blocks_are_found_and_named() -> None:
+    """Where attention chooses by itself the lists are the same in every layout; a planted mistake is named."""
+    sparse = {"selector": "nsa", "block_size": 4, "blocks": 4, "compression_size": 4, "compression_stride": 2}
+    report = verified(small.recipe({"vocab_size": 95, "sparse_attention": sparse}), "tp2,cp2")
+    assert report.passed
+    sparse = {"selector": "strided", "block_size": 2, "stride": 5}
+    report = verified(
+        small.recipe({"vocab_size": 95, "sparse_attention": sparse}), "tp2", bugs.strides_by_the_head_of_the_rank
+    )
+    (comparison,) = report.comparisons
+    assert not report.passed
+    assert comparison.diagnosis.endswith("so do lists of key blocks, step 0, layer 0, token 8, K/V head 1 first")
+    assert all(place.endswith("K/V head 1") for place in comparison.flipped)
+
+
 @pytest.mark.parametrize(
     ("bug", "layout", "off"),
     [
