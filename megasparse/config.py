@@ -109,12 +109,12 @@ class MoE(Section):
 class SparseAttention(Section):
     """Block-sparse attention: each query, or block of queries, sees some blocks of keys (layers/selectors.py)."""
 
-    selector: Literal["local", "strided", "pooled", "gate", "nsa"]
+    selector: Literal["local", "strided", "pooled", "gate", "nsa", "clusters"]
     block_size: PositiveInt = 64  # keys of a block
     query_block_size: PositiveInt = 1  # queries that share a list; 1: each has its own
-    blocks: PositiveInt | None = None  # pooled, gate and nsa: that a query sees in all
+    blocks: PositiveInt | None = None  # that a query sees in all; none for the fixed patterns, local and strided
     mass: Annotated[float, Field(gt=0, le=1)] | None = None
-    """pooled, gate and nsa: no more of the chosen blocks than have this share of the softmax over scores; None: all."""
+    """No more of the chosen blocks than have this share of the softmax over scores; None: all."""
     stride: PositiveInt = 8  # strided: every so many blocks, shifted by head
     local_blocks: PositiveInt = 2  # always seen: the own one and those right before it
     sink_blocks: int = Field(default=1, ge=0)  # always seen: the first of the sequence
@@ -123,6 +123,8 @@ class SparseAttention(Section):
     compression_size: PositiveInt = 32  # nsa: keys that become one compressed key,
     compression_stride: PositiveInt = 16  # every so many keys
     window_blocks: PositiveInt = 8  # nsa: of the window branch, which has keys of its own
+    clusters: PositiveInt = 16  # clusters: of queries and keys, for each K/V head
+    cluster_loss_coefficient: PositiveFloat = 0.1
     layers: Literal["all"] | list[Literal[0, 1]] = "all"  # one flag per layer; the others are dense
     dense_start: Fraction = 0.0  # share of the run's steps, at its beginning, with dense attention
     dense_end: Fraction = 0.0  # and at its end

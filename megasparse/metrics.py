@@ -80,6 +80,8 @@ def _selector_parameters(model: Model) -> int:
     head, key_value, sparse = model.head_size, model.head_size * model.kv_heads, model.sparse_attention
     if sparse is not None and sparse.selector == "gate":
         return sparse.gate_dim * (head * model.num_attention_heads + 3 * key_value)
+    if sparse is not None and sparse.selector == "clusters":
+        return sparse.clusters * key_value
     if sparse is not None and sparse.selector == "nsa":
         compression = key_value * (sparse.compression_size * (1 + head) + head)
         return model.hidden_size * (4 * key_value + 3 * model.num_attention_heads) + 2 * compression

@@ -202,7 +202,7 @@ def _broken_rules(recipe: Recipe, layout: Layout) -> Iterator[str]:
                 f"model.sparse_attention.query_block_size={sparse.query_block_size} does not divide "
                 f"data.seq_length={seq} / (2 * cp={2 * cp})"
             )
-        if sparse.selector == "pooled":
+        if sparse.selector in ("pooled", "clusters"):
             yield (
                 f"cp={cp} needs model.sparse_attention.query_block_size=1, not {sparse.query_block_size}: a block of "
                 "queries chooses by the block before, which another rank may have"

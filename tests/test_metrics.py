@@ -144,7 +144,9 @@ def test_flops_are_those_counted_in_transformers(make):
     assert flops_per_token(model, VOCAB, 1) * 64 == counter.get_total_flops() - rotary
 
 
-@pytest.mark.parametrize("options", [{"selector": "gate", "gate_dim": 5}, {"selector": "nsa"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"selector": "gate", "gate_dim": 5}, {"selector": "nsa"}, {"selector": "clusters"}], ids=str
+)
 def test_parameters_of_selectors_are_those_of_the_model(options):
     """Counted in the model that is built, of two layers one sparse."""
     recipe = small.recipe({"sparse_attention": {"blocks": 8, "layers": [0, 1], **options}})

@@ -213,6 +213,11 @@ SPARSE = {
         {"recompute": "full", "micro_batch_size": 1},
         data={"document_mask": True},
     ),
+    "clusters": small.recipe(
+        {"sparse_attention": {**POOLED, "selector": "clusters", "clusters": 3, "dense_start": 0.1}},
+        MOE,
+        data={"document_mask": True},
+    ),
     "strided": small.recipe(
         {"sparse_attention": {"selector": "strided", "block_size": 2, "query_block_size": 3, "stride": 5}}, MOE
     ),
@@ -225,6 +230,7 @@ SPARSE = {
         *[("pooled", layout) for layout in ("tp2+sp", "pp2vp2", "cp2", "ep2", "dp2+zero2", "tp2cp2", "tp2pp2ep2")],
         *[("gate", layout) for layout in ("tp2+sp", "pp2", "cp2", "ep2", "dp2+zero2", "dp2", "tp2cp2")],
         *[("nsa", layout) for layout in ("tp2+sp", "pp2", "cp2", "ep2", "dp2+zero2", "tp2cp2", "tp2pp2ep2")],
+        *[("clusters", layout) for layout in ("tp2+sp", "cp2", "dp2+zero2")],
         *[("pooled by query blocks", layout) for layout in ("tp2", "dp2")],
         *[("strided", layout) for layout in ("tp2+sp", "cp2", "pp2ep2")],
     ],

@@ -12,6 +12,7 @@ from megasparse import platform
 from megasparse.config import SparseAttention
 from megasparse.layers import selectors
 from megasparse.layers.attention import CoreAttention
+from megasparse.layers.clusters import Centroids
 from megasparse.layers.gate import AttentionGate, gate_loss
 from megasparse.layers.recall import attention_recall, sampled
 from megasparse.layers.selectors import Grid, Score
@@ -39,6 +40,8 @@ class BlockSparseAttention(CoreAttention):
         self.num_sparse_layers = num_sparse_layers
         self.first_head = tp_rank * (kv_heads // config.tensor_model_parallel_size)
         self.grid = Grid(sparse.block_size, sparse.query_block_size, sparse.local_blocks, sparse.sink_blocks)
+        local_heads = kv_heads // config.tensor_model_parallel_size
+        self.centroids = Centroids(config, local_heads, sparse.clusters) if sparse.selector == "clusters" else None
         self.gate: AttentionGate | None = None
         if sparse.selector == "gate":
             if platform.has_cuda():
@@ -46,7 +49,6 @@ class BlockSparseAttention(CoreAttention):
                     "model.sparse_attention.selector=gate does not run on CUDA yet, as what it learns from "
                     "(ops.block_sparse.block_mass) has no Triton kernel: use selector=pooled"
                 )
-            local_heads = kv_heads // config.tensor_model_parallel_size
             group = config.num_attention_heads // kv_heads
             self.gate = AttentionGate(config, local_heads, group, sparse.gate_dim)
 
@@ -63,7 +65,8 @@ class BlockSparseAttention(CoreAttention):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [batch, seq, heads, head_dim]
         budget = self.budget(q.shape[1], k.shape[1])
         if budget is None and (self.gate is None or not self.training):
-            return super()._attend(query, key, value, document_ids, start)
+            output = super()._attend(query, key, value, document_ids, start)
+            return self._learn_clusters(output, q, k)
         gated = self.gate(q, k, self.grid.block_size) if self.gate is not None else None
         score = score or self.score(q, k, gated)
         mask = self.select(q, k, self.grid.blocks(k.shape[1]) if budget is None else budget, score)
@@ -78,8 +81,17 @@ class BlockSparseAttention(CoreAttention):
             mass = block_mass(q, k, lse, mask, scale=self.scale, document_ids=documents)
             scores = torch.einsum("bhqd,bhkd->bhqk", *gated)
             share = len(q) * self.kv_heads * self._seq(q.shape[1], k.shape[1])
-            output = self._add_loss(output, gate_loss(scores, mask, mass, first) / share)
-        return output.transpose(1, 2)
+            loss = gate_loss(scores, mask, mass, first) / share
+            output = self._add_loss(output, "gate_loss", loss, self.sparse.gate_loss_coefficient)
+        return self._learn_clusters(output.transpose(1, 2), q, k)
+
+    def _learn_clusters(self, output: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Queries, and keys of the same tokens: each token counts once, on the rank that has it."""
+        if self.centroids is None or not self.training:
+            return output
+        share = 2 * len(q) * self.kv_heads * self._seq(q.shape[1], k.shape[1])
+        loss = self.centroids.loss(q, k[:, -q.shape[1] :]) / share
+        return self._add_loss(output, "cluster_loss", loss, self.sparse.cluster_loss_coefficient)
 
     def _observe(self, q: Tensor, k: Tensor, mask: BlockMask, score: Score | None, documents: Tensor | None) -> None:
         """Recall and entropy over the last queries of the sequence: this rank's heads' part of their means."""
@@ -99,13 +111,13 @@ class BlockSparseAttention(CoreAttention):
         """How many blocks a query may see in this step; None: dense attention."""
         return attention_blocks(self.state.progress, self.sparse, self.grid.blocks(self._seq(queries, keys)))
 
-    def _add_loss(self, output: Tensor, loss: Tensor) -> Tensor:
+    def _add_loss(self, output: Tensor, name: str, loss: Tensor, coefficient: float) -> Tensor:
         """``loss`` is the part of this rank's heads and queries: parts sum to the micro-batch's mean."""
-        self.state.record("gate_loss", loss / self.num_sparse_layers)
+        self.state.record(name, loss / self.num_sparse_layers)
         scale = self.state.context_parallel / self.state.num_micro_batches  # DeepSpeed's average divides by the first
         if not loss.requires_grad:
             return output
-        return MoEAuxLossAutoScaler.apply(output, loss * (self.sparse.gate_loss_coefficient * scale))
+        return MoEAuxLossAutoScaler.apply(output, loss * (coefficient * scale))
 
     def score(self, q: Tensor, k: Tensor, gated: tuple[Tensor, Tensor] | None = None) -> Score | None:
         """How the selector scores blocks: queries [batch, seq, heads, head_dim], the last ones of keys [batch, keys,
@@ -113,6 +125,9 @@ class BlockSparseAttention(CoreAttention):
         match self.sparse.selector:
             case "pooled":
                 return selectors.pooled(self.grid, q, k)
+            case "clusters":
+                assert self.centroids is not None
+                return selectors.clusters(self.grid, q, k, self.centroids())
             case "gate":
                 assert gated is not None
                 return selectors.product(*gated)

@@ -56,8 +56,10 @@ def auxiliary_losses(model: Model) -> list[str]:
     coefficients = {}
     if model.moe is not None:
         coefficients |= {"load_balance_loss": model.moe.aux_loss_coefficient, "z_loss": model.moe.z_loss_coefficient}
-    if model.sparse_attention is not None and model.sparse_attention.selector == "gate":
-        coefficients["gate_loss"] = model.sparse_attention.gate_loss_coefficient
+    if sparse := model.sparse_attention:
+        own = {"gate": {"gate_loss": sparse.gate_loss_coefficient}}
+        own["clusters"] = {"cluster_loss": sparse.cluster_loss_coefficient}
+        coefficients |= own.get(sparse.selector, {})
     return [name for name, coefficient in coefficients.items() if coefficient > 0]
 
 

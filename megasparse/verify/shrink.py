@@ -97,7 +97,7 @@ def _shrink_sparse_attention(model: dict[str, Any], recipe: Recipe, layers: int)
     sparse, before = model["sparse_attention"], recipe.model.sparse_attention
     assert before is not None
     most = {"block_size": BLOCK, "query_block_size": BLOCK, "local_blocks": 2, "sink_blocks": 1, "stride": 3}
-    most |= {"window_blocks": 2, "compression_size": BLOCK, "compression_stride": BLOCK // 2}
+    most |= {"window_blocks": 2, "compression_size": BLOCK, "compression_stride": BLOCK // 2, "clusters": 4}
     for name, value in (most | {"gate_dim": HEAD_DIM}).items():
         sparse[name] = min(sparse[name], value)
     sparse.update(dense_start=0.0, dense_end=0.0, ramp=0.0)

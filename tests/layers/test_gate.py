@@ -132,10 +132,10 @@ def topics(seed: int) -> list[Tensor]:
 
 def recall(sparse: BlockSparseAttention, q: Tensor, k: Tensor, v: Tensor) -> float:
     """The share of a query's dense attention that its 4 blocks hold, of what the best 4 would."""
-    assert sparse.gate is not None
-    full: Any = sparse.select(q, k, 12, sparse.score(q, k, sparse.gate(q, k, 8)))
+    score = sparse.score(q, k, None if sparse.gate is None else sparse.gate(q, k, 8))
+    full: Any = sparse.select(q, k, 12, score)
     _, lse = block_sparse_attention(q, k, v, full, scale=sparse.scale, return_lse=True)
-    chosen = sparse.select(q, k, 4, sparse.score(q, k, sparse.gate(q, k, 8)))
+    chosen = sparse.select(q, k, 4, score)
     held = block_mass(q, k, lse, chosen, scale=sparse.scale).sum(-1)
     best = block_mass(q, k, lse, full, scale=sparse.scale).topk(4).values.sum(-1)
     return (held[:, :, 40:].sum() / best[:, :, 40:].sum()).item()
