@@ -14,7 +14,7 @@ from megasparse.layers import selectors
 from megasparse.layers.attention import CoreAttention
 from megasparse.layers.clusters import Centroids
 from megasparse.layers.gate import AttentionGate, gate_loss
-from megasparse.layers.recall import attention_recall, sampled
+from megasparse.layers.recall import SAMPLE, attention_recall, sampled
 from megasparse.layers.selectors import Grid, Score
 from megasparse.layers.step import StepState
 from megasparse.ops.block_sparse import BlockMask, block_mass, block_sparse_attention
@@ -75,8 +75,7 @@ class BlockSparseAttention(CoreAttention):
         output, lse = block_sparse_attention(q, k, v, mask, scale=self.scale, document_ids=documents, return_lse=True)
         if self.training:
             self.state.count_blocks(mask.count.sum(), (last + 1).sum() * len(k) * k.shape[2])
-            if k.shape[1] == self._seq(q.shape[1], k.shape[1]) and self.state.first_pass():
-                self._observe(q, k, mask, score, documents)
+            self._observe(q, k, mask, score, documents)
         if self.training and gated is not None:
             mass = block_mass(q, k, lse, mask, scale=self.scale, document_ids=documents)
             scores = torch.einsum("bhqd,bhkd->bhqk", *gated)
@@ -94,14 +93,19 @@ class BlockSparseAttention(CoreAttention):
         return self._add_loss(output, "cluster_loss", loss, self.sparse.cluster_loss_coefficient)
 
     def _observe(self, q: Tensor, k: Tensor, mask: BlockMask, score: Score | None, documents: Tensor | None) -> None:
-        """Recall and entropy over the last queries of the sequence: this rank's heads' part of their means."""
-        parts = len(q) * self.kv_heads * self.num_sparse_layers
-        recall = attention_recall(q, k, mask, self.scale, documents)
+        """Recall and entropy over the last queries of the sequence: the part of their means that this rank has."""
+        seq = self._seq(q.shape[1], k.shape[1])
+        rows = sampled(q, k.shape[1] - q.shape[1], seq)
+        if len(rows) == 0 or not self.state.first_pass():
+            return
+        parts = len(q) * self.kv_heads * self.num_sparse_layers * min(SAMPLE, seq)
+        recall = attention_recall(q, k, mask, self.scale, documents, rows)
         self.state.record("attention_recall", recall.sum() / parts)
         if score is not None:
-            rows = sampled(q) // self.grid.query_block_size
-            entropy = selectors.entropy(self.grid, score, q, k, slice(int(rows[0]), int(rows[-1]) + 1))
-            self.state.record("selector_entropy", entropy.mean(-1).sum() / parts)
+            lists = rows // self.grid.query_block_size
+            first = int(lists[0])
+            entropy = selectors.entropy(self.grid, score, q, k, slice(first, int(lists[-1]) + 1))
+            self.state.record("selector_entropy", entropy[:, :, lists - first].sum() / parts)
 
     def _seq(self, queries: int, keys: int) -> int:
         """Length of the sequence of which this rank has ``queries`` in one call, and ``keys`` from its start on."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megasparse.layers import selectors
-from megasparse.layers.recall import SAMPLE, attention_recall
+from megasparse.layers.recall import SAMPLE, attention_recall, sampled
 from megasparse.layers.selectors import Grid
 from megasparse.layers.step import StepState
 from megasparse.ops.block_sparse import BlockMask
@@ -34,17 +34,25 @@ def test_recall_one_query_at_a_time(seq: int, queries: int, size: int, documents
     dense = torch.rand(2, KV_HEADS, math.ceil(queries / size), math.ceil(seq / 8), generator=random) < 0.4
     mask = BlockMask.from_dense(dense, 8, size)
     ids = (torch.arange(seq) // 20).expand(2, -1) if documents else None
-    recall = attention_recall(q, k, mask, SCALE, ids)
+    rows = sampled(q, seq - queries, seq)
+    assert rows.tolist() == list(range(max(0, queries - SAMPLE), queries))
+    recall = attention_recall(q, k, mask, SCALE, ids, rows)
     for b in range(2):
         for h in range(KV_HEADS):
-            shares = []
-            for i in range(max(0, queries - SAMPLE), queries):
-                t = seq - queries + i
+            for row, i in enumerate(rows.tolist()):
+                shares, t = [], seq - queries + i
                 keys = [s for s in range(t + 1) if ids is None or ids[b, s] == ids[b, t]]
                 for head in (2 * h, 2 * h + 1):
                     weights = torch.softmax(SCALE * k[b, keys, h] @ q[b, i, head], 0).tolist()
                     shares.append(sum(w for w, s in zip(weights, keys, strict=True) if dense[b, h, i // size, s // 8]))
-            assert recall[b, h].item() == pytest.approx(sum(shares) / len(shares), rel=1e-5)
+                assert recall[b, h, row].item() == pytest.approx(sum(shares) / len(shares), rel=1e-5)
+
+
+def test_a_part_of_the_sequence_has_its_share_of_the_sample() -> None:
+    q, _ = tensors(10)
+    assert sampled(q, 20, 40).tolist() == [4, 5, 6, 7, 8, 9]
+    assert sampled(q, 30, 40).tolist() == list(range(10))
+    assert sampled(q, 0, 40).tolist() == []
 
 
 def test_entropy_one_query_at_a_time() -> None:
