@@ -262,3 +262,20 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path: Path, corpus: Path) -> N
     assert done.returncode == 2
     assert "3 steps in a row" in done.stderr
     assert "optimizer.lr=1e+30" in done.stderr
+
+
+def test_a_picture_of_the_blocks_that_a_run_sees(corpus: Path, tmp_path: Path) -> None:
+    """tools/block_map.py draws the newest checkpoint, saved in any layout; another run gets one clear error."""
+    path = write_recipe(tmp_path, corpus, steps=2)
+    sparse = "model.sparse_attention={selector: pooled, block_size: 4, blocks: 5, dense_end: 0.5}"
+    subprocess.run([*command("train", path, sparse, "--run-dir", tmp_path / "sparse")], check=True)
+    program = [sys.executable, str(Path(__file__).parents[1] / "tools/block_map.py")]
+    picture = tmp_path / "map.png"
+    subprocess.run([*program, str(tmp_path / "sparse"), "--output", str(picture)], check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    recipe = tmp_path / "sparse" / "recipe.yaml"
+    raw = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**raw, "model": {**raw["model"], "sparse_attention": None}}))
+    done = subprocess.run([*program, str(tmp_path / "sparse")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "has no model.sparse_attention: there are no blocks to show" in done.stderr
