@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor
 
 from megasparse.config import Recipe
 from megasparse.data.loader import zigzag
+from megasparse.layers.attention import CoreAttention
+from megasparse.layers.cache import KeyValueCache, Position
+from megasparse.layers.rope import RotaryEmbedding
 from megasparse.model import GPTModel
 from megasparse.topology import Topology
 
@@ -31,23 +36,47 @@ def generate(
 ) -> list[int]:
     """Continue ``prompt``: the new tokens, up to and without ``stop``. Temperature 0 is greedy.
 
-    No key/value cache: each token costs a forward pass over at most data.seq_length tokens. Every rank calls it and
-    gets the same tokens.
+    Keys and values of the tokens before are kept; under context parallelism, and where there are more tokens than
+    data.seq_length, of which the last are seen, each token costs a forward pass over all of them. Every rank calls it
+    and gets the same tokens.
     """
     chunks.eval()
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
-    for _ in range(max_new_tokens):
-        logits = next_token_logits(chunks, recipe, topology, tokens[-recipe.data.seq_length :])
-        if temperature == 0:
-            token = int(logits.argmax())
-        else:
-            token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
-        token = _of_first_rank(token, next(chunks.parameters()).device)
-        if token == stop:
-            break
-        tokens.append(token)
+    with key_value_caches(chunks, topology) as position:
+        for _ in range(max_new_tokens):
+            window = tokens[-recipe.data.seq_length :]
+            logits = next_token_logits(chunks, recipe, topology, window, position.start)
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:
+                token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+            token = _of_first_rank(token, next(chunks.parameters()).device)
+            if token == stop:
+                break
+            tokens.append(token)
+            position.start = len(window) if topology.cp == 1 and len(tokens) <= recipe.data.seq_length else 0
     return tokens[len(prompt) :]
+
+
+@contextlib.contextmanager
+def key_value_caches(chunks: nn.ModuleList, topology: Topology) -> Iterator[Position]:
+    """Each layer keeps keys and values, but under context parallelism; the next tokens are at the yielded position."""
+    position = Position()
+    modules = list(chunks.modules())
+    attention = [module for module in modules if isinstance(module, CoreAttention)] if topology.cp == 1 else []
+    rotary = [module for module in modules if isinstance(module, RotaryEmbedding)]
+    for layer in attention:
+        layer.cache = KeyValueCache(position, layer.query_block_size)
+    for embedding in rotary:
+        embedding.position = position
+    try:
+        yield position
+    finally:
+        for layer in attention:
+            layer.cache = None
+        for embedding in rotary:
+            embedding.position = Position()
 
 
 def _of_first_rank(token: int, device: torch.device) -> int:
@@ -57,16 +86,19 @@ def _of_first_rank(token: int, device: torch.device) -> int:
     return int(chosen)
 
 
-def next_token_logits(chunks: nn.ModuleList, recipe: Recipe, topology: Topology, tokens: list[int]) -> Tensor:
-    """Float32 logits [vocab] of the token after ``tokens``, on every rank."""
+def next_token_logits(
+    chunks: nn.ModuleList, recipe: Recipe, topology: Topology, tokens: list[int], start: int = 0
+) -> Tensor:
+    """Float32 logits [vocab] of the token after ``tokens``, on every rank. Caches hold the first ``start`` of them."""
     device = next(chunks.parameters()).device
     # Sequence and context parallelism split the length; what follows the last token changes nothing.
     multiple = topology.tp * (2 * topology.cp if topology.cp > 1 else 1)
-    length = math.ceil(len(tokens) / multiple) * multiple
-    ids = torch.tensor([tokens + [0] * (length - len(tokens))], device=device)
-    positions = torch.arange(length, device=device).unsqueeze(0)
+    length = math.ceil((len(tokens) - start) / multiple) * multiple
+    ids = torch.tensor([tokens[start:] + [0] * (start + length - len(tokens))], device=device)
+    numbers = torch.arange(start, start + length, device=device).unsqueeze(0)
     if topology.cp > 1:
-        ids, positions = (zigzag(x, topology.cp_rank, topology.cp) for x in (ids, positions))
+        ids, numbers = (zigzag(x, topology.cp_rank, topology.cp) for x in (ids, numbers))
+    positions = numbers.clamp(max=max(recipe.data.seq_length, len(tokens)) - 1)  # of what follows: any that exists
 
     def forward(_: object, model: GPTModel) -> tuple[Tensor, object]:
         return model(ids, positions, attention_mask=None), lambda output, non_loss_data: output
@@ -86,7 +118,7 @@ def next_token_logits(chunks: nn.ModuleList, recipe: Recipe, topology: Topology,
     vocab_size = first.true_vocab_size
     logits = torch.zeros(vocab_size, device=device)
     if topology.is_last_stage:
-        here = positions[0] == len(tokens) - 1
+        here = numbers[0] == len(tokens) - 1
         if here.any():
             local = outputs[0][0, here.nonzero().item()].float()  # [vocab / tp]
             parts = [torch.empty_like(local) for _ in range(topology.tp)]

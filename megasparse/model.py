@@ -32,7 +32,7 @@ from megasparse.layers.block_sparse import BlockSparseAttention
 from megasparse.layers.moe import MoELayer, PostNormMLP, PostNormMoELayer
 from megasparse.layers.norms import FullWidthRMSNorm, HeadRMSNorm, LayerNorm, RMSNorm
 from megasparse.layers.nsa import Branches, NativeSparseAttention, PostNormBranches
-from megasparse.layers.rope import attention_factor, inverse_frequencies
+from megasparse.layers.rope import RotaryEmbedding, attention_factor
 from megasparse.layers.step import StepState
 from megasparse.topology import Topology, stage_layers
 
@@ -58,7 +58,9 @@ class GPTModel(MegatronGPTModel):
             **kwargs,
         )
         if rope:
-            self.rotary_pos_emb.inv_freq = inverse_frequencies(recipe.rope, recipe.head_size).to(platform.device())
+            self.rotary_pos_emb = RotaryEmbedding(
+                recipe.rope, recipe.head_size, platform.device(), self.pg_collection.cp
+            )
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [batch, seq], logits [seq, batch, vocab / tp] -> nats of each token, float32 [batch, seq]."""

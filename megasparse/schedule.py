@@ -45,6 +45,6 @@ def attention_blocks(progress: float, sparse: SparseAttention, all_blocks: int) 
     that are done with this one; None: dense attention. Selectors without a budget ignore the number."""
     if progress <= sparse.dense_start or progress > 1 - sparse.dense_end:
         return None
-    blocks = min(sparse.blocks or all_blocks, all_blocks)
+    blocks = sparse.blocks or all_blocks
     ramped = (progress - sparse.dense_start) / sparse.ramp if sparse.ramp else 1.0
     return round(all_blocks + (blocks - all_blocks) * min(1.0, ramped))

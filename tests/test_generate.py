@@ -13,7 +13,7 @@ from torch.nn import ModuleList
 from megasparse import generate as module
 from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
-from megasparse.generate import generate, next_token_logits
+from megasparse.generate import generate, key_value_caches, next_token_logits
 from megasparse.model import build_model
 from tests import small
 from tests.helpers import assert_close, run_distributed
@@ -116,6 +116,43 @@ def test_a_long_prompt_is_read_from_its_end(single: topology.Topology, model_opt
     assert new[-1] == generate(gpt, recipe, single, tokens[-small.SEQ - 1 : -1], 1)[0]
 
 
+POOLED = {"selector": "pooled", "block_size": 4, "blocks": 4}
+NSA = {"compression_size": 4, "compression_stride": 2, "window_blocks": 2}
+ATTENTION: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "yarn": {"rope": {"scaling": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "learned": {"position_embedding": "learned"},
+    "local": {"sparse_attention": {"selector": "local", "block_size": 4, "local_blocks": 2, "query_block_size": 3}},
+    "strided": {"sparse_attention": {"selector": "strided", "block_size": 2, "stride": 5}},
+    "pooled": {"sparse_attention": {**POOLED, "layers": [1, 0]}},
+    "query blocks": {"sparse_attention": {**POOLED, "query_block_size": 4}},
+    "larger query blocks": {"sparse_attention": {**POOLED, "blocks": 5, "query_block_size": 6}},
+    "gate": {"sparse_attention": {**POOLED, "selector": "gate", "gate_dim": 8}},
+    "nsa": {"sparse_attention": {**POOLED, "selector": "nsa", **NSA}},
+    "clusters": {"sparse_attention": {**POOLED, "selector": "clusters", "clusters": 3}},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@torch.no_grad()
+def test_a_cache_changes_nothing(single: topology.Topology, name: str) -> None:
+    """Logits of each token, by itself or a few at a time after a prompt, are those of a forward pass over all."""
+    recipe = small.recipe(ATTENTION[name], {})
+    gpt = sharp_model(recipe, single).eval()
+    tokens = torch.randint(0, small.VOCAB, (small.SEQ,), generator=torch.Generator().manual_seed(0)).tolist()
+    whole = {n: next_token_logits(gpt, recipe, single, tokens[:n]) for n in range(1, small.SEQ + 1)}
+    fed: list[int] = []
+    gpt[0].register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].shape[1]))
+    for prompt, step in ((3, 1), (9, 1), (8, 1), (2, 5)):
+        with key_value_caches(gpt, single) as position:
+            for length in range(prompt, small.SEQ + 1, step):
+                logits = next_token_logits(gpt, recipe, single, tokens[:length], position.start)
+                assert_close(logits, whole[length], 1e-5)
+                assert fed[-1] == length - position.start
+                position.start = length
+    assert_close(next_token_logits(gpt, recipe, single, tokens), whole[small.SEQ], 1e-7)  # no cache is left behind
+
+
 def texts(raw: dict[str, Any]) -> list[list[int]]:
     recipe = parse_recipe(raw)
     place = small.start(recipe)
@@ -151,6 +188,13 @@ def test_every_layout_writes_the_same(world_size: int, parallel: dict[str, Any])
     whole = run_distributed(texts, 1, raw)[0]
     assert run_distributed(texts, world_size, {**raw, "parallel": parallel}) == [whole] * world_size
     assert len(whole[2]) < 12
+
+
+@pytest.mark.parametrize(("name", "parallel"), [("nsa", {"tp": 2, "sequence_parallel": True}), ("gate", {"pp": 2})])
+def test_block_sparse_attention_writes_the_same(name: str, parallel: dict[str, Any]) -> None:
+    raw = small.recipe({**ATTENTION[name], "num_layers": 4}, {}, {"micro_batch_size": 1}).model_dump(mode="json")
+    whole = run_distributed(texts, 1, raw)
+    assert run_distributed(texts, 2, {**raw, "parallel": parallel}) == whole * 2
 
 
 def texts_of_ranks_that_differ(stop: int | None) -> list[list[int]]:

@@ -107,6 +107,7 @@ def test_attention_is_dense_then_ever_sparser_then_dense(progress: float, blocks
     assert found == (blocks if blocks is None else pytest.approx(blocks, abs=1))
 
 
-def test_a_short_sequence_has_fewer_blocks_than_the_budget() -> None:
-    assert attention_blocks(0.5, SparseAttention(selector="pooled", blocks=16), 5) == 5
+def test_the_budget_does_not_depend_on_the_length() -> None:
+    """A sequence that grows by a token must not change what earlier ones saw."""
+    assert attention_blocks(0.5, SparseAttention(selector="pooled", blocks=16), 5) == 16
     assert attention_blocks(1.0, SparseAttention(selector="local"), 7) == 7

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from megasparse.layers.cache import KeyValueCache
 from megasparse.layers.norms import LayerNorm, RMSNorm
 
 
@@ -45,6 +46,8 @@ class CoreAttention(MegatronModule):
         self.cp_group: Any = pg_collection.cp if self.context_parallel > 1 else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
+        self.query_block_size = 1  # queries that share what they attend to
+        self.cache: KeyValueCache | None = None  # while text is generated
         # Tensor-parallel ranks have other heads, so other masks; with sequence parallelism mcore forks for the block.
         self.forks = self.dropout > 0 and config.tensor_model_parallel_size > 1 and not config.sequence_parallel
 
@@ -68,7 +71,10 @@ class CoreAttention(MegatronModule):
             key, value = gather_sequence(torch.cat([key, value], 2), self.cp_group).chunk(2, 2)
         keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         with get_cuda_rng_tracker().fork() if self.forks else contextlib.nullcontext():
-            if self.context_parallel == 1:
+            if self.cache is not None:
+                queries, keys, values, start = self.cache.extend(queries, keys, values)
+                output = self._attend(queries, keys, values, None, start)[:, :, -seq:]
+            elif self.context_parallel == 1:
                 output = self._attend(queries, keys, values, attention_mask, 0)
             else:
                 part = seq // 2

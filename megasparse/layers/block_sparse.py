@@ -37,6 +37,7 @@ class BlockSparseAttention(CoreAttention):
     ) -> None:
         super().__init__(config, *args, **kwargs)
         self.sparse, self.state, self.kv_heads = sparse, state, kv_heads
+        self.query_block_size = sparse.query_block_size
         self.num_sparse_layers = num_sparse_layers
         self.first_head = tp_rank * (kv_heads // config.tensor_model_parallel_size)
         self.grid = Grid(sparse.block_size, sparse.query_block_size, sparse.local_blocks, sparse.sink_blocks)
@@ -74,7 +75,9 @@ class BlockSparseAttention(CoreAttention):
         documents = None if document_ids is None else document_ids[:, : k.shape[1]]
         output, lse = block_sparse_attention(q, k, v, mask, scale=self.scale, document_ids=documents, return_lse=True)
         if self.training:
-            self.state.count_blocks(mask.count.sum(), (last + 1).sum() * len(k) * k.shape[2])
+            self.state.count_blocks(
+                mask.count.sum(), (last + 1).clamp(max=mask.num_key_blocks).sum() * len(k) * k.shape[2]
+            )
             self._observe(q, k, mask, score, documents)
         if self.training and gated is not None:
             mass = block_mass(q, k, lse, mask, scale=self.scale, document_ids=documents)

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding as MegatronRotaryEmbedding
 from torch import Tensor
 
 from megasparse.config import Rope
+from megasparse.layers.cache import Position
+
+
+class RotaryEmbedding(MegatronRotaryEmbedding):
+    """megatron-core's, with the recipe's frequencies, of positions from ``position.start`` on."""
+
+    def __init__(self, rope: Rope, head_dim: int, device: torch.device, cp_group: Any) -> None:
+        super().__init__(head_dim, rotary_percent=1.0, use_cpu_initialization=True, cp_group=cp_group)
+        self.inv_freq = inverse_frequencies(rope, head_dim).to(device)
+        self.position = Position()
+
+    def forward(self, max_seq_len: int, offset: int = 0, **options: Any) -> Tensor:
+        """[seq, 1, 1, head_dim]"""
+        return super().forward(max_seq_len, offset + self.position.start, **options)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:

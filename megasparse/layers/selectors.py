@@ -48,12 +48,11 @@ class Grid:
         return math.ceil(keys / self.block_size)
 
     def own(self, queries: int, offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The first and last key block that each query block reaches into, [q_blocks] each. ``offset``: position of the
-        first query."""
+        """The first and last key block that each query block reaches into, [q_blocks] each, a ragged last one as if it
+        were whole: what a query sees does not depend on how many follow. ``offset``: position of the first query."""
         blocks = torch.arange(math.ceil(queries / self.query_block_size), device=device)
         first = blocks * self.query_block_size + offset
-        last = (first + self.query_block_size).clamp(max=queries + offset) - 1
-        return first // self.block_size, last // self.block_size
+        return first // self.block_size, (first + self.query_block_size - 1) // self.block_size
 
     def always(self, first: Tensor, last: Tensor, blocks: Tensor) -> Tensor:
         """bool [q_blocks, k_blocks]: the own, local and first ones."""
@@ -69,7 +68,7 @@ def local(grid: Grid, q: Tensor, k: Tensor) -> BlockMask:
     near = first.unsqueeze(1) - torch.arange(farthest, nearest - 1, -1, device=k.device)
     sinks = torch.arange(grid.sink_blocks, device=k.device).expand(len(first), -1)
     index = torch.cat([sinks, near], 1)
-    keep = (index <= last.unsqueeze(1)) & (index >= 0)
+    keep = (index <= last.unsqueeze(1).clamp(max=grid.blocks(seq) - 1)) & (index >= 0)
     keep[:, grid.sink_blocks :] &= near >= grid.sink_blocks
     index, keep = (x.expand(batch, kv_heads, -1, -1) for x in (index, keep))
     return BlockMask.from_index(index, keep, grid.blocks(seq), grid.block_size, grid.query_block_size)
@@ -158,23 +157,25 @@ def choose(grid: Grid, score: Score, q: Tensor, k: Tensor, budget: int, mass: fl
     """
     batch, seq, kv_heads, _ = k.shape
     first, last = grid.own(q.shape[1], seq - q.shape[1], k.device)
-    blocks = torch.arange(grid.blocks(seq), device=k.device)
+    existing = grid.blocks(seq)
+    blocks = torch.arange(max(existing, int(last[-1]) + 1), device=k.device)
     width, step = min(budget, len(blocks)), max(1, CHUNK // (batch * kv_heads * len(blocks)))
     indices, keeps = [], []
     for start in range(0, len(first), step):
         part = slice(start, start + step)
         always = grid.always(first[part], last[part], blocks)
         others = (blocks < first[part].unsqueeze(1)) & ~always
-        scores = score(part).masked_fill(~others, -torch.inf)
+        scores = F.pad(score(part), (0, len(blocks) - existing)).masked_fill(~others, -torch.inf)
         best = torch.sort(scores.masked_fill(always, torch.inf), dim=-1, descending=True, stable=True)
-        index, keep = best.indices[..., :width], best.values[..., :width] > -torch.inf
+        index = best.indices[..., :width]
+        keep = (best.values[..., :width] > -torch.inf) & (index < existing)
         if mass is not None:
             weights = scores.softmax(-1).nan_to_num().gather(-1, index)  # of the always-on ones zero
             keep &= weights.cumsum(-1) - weights < mass
         indices.append(index)
         keeps.append(keep)
     return BlockMask.from_index(
-        torch.cat(indices, 2), torch.cat(keeps, 2), len(blocks), grid.block_size, grid.query_block_size
+        torch.cat(indices, 2), torch.cat(keeps, 2), existing, grid.block_size, grid.query_block_size
     )
 
 

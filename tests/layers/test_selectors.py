@@ -42,9 +42,8 @@ def tensors(seq: int = 75) -> tuple[Tensor, Tensor]:
     return q, torch.randn(2, seq, KV_HEADS, DIM, generator=random)
 
 
-def always(grid: Grid, i: int, j: int, seq: int) -> bool:
-    start, stop = i * grid.query_block_size, min((i + 1) * grid.query_block_size, seq)
-    first, last = start // grid.block_size, (stop - 1) // grid.block_size
+def always(grid: Grid, i: int, j: int) -> bool:
+    first, last = i * grid.query_block_size // grid.block_size, ((i + 1) * grid.query_block_size - 1) // grid.block_size
     return j <= last and (j > first - grid.local_blocks or j < grid.sink_blocks)
 
 
@@ -65,7 +64,7 @@ def reference(name: str, grid: Grid, q: Tensor, k: Tensor) -> Tensor:
     dense = torch.zeros(2, KV_HEADS, q_blocks, k_blocks, dtype=torch.bool)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, dense.shape[:3])).tolist():
         start, stop = i * grid.query_block_size, min((i + 1) * grid.query_block_size, seq)
-        chosen = {j for j in range(k_blocks) if always(grid, i, j, seq)}
+        chosen = {j for j in range(k_blocks + 9) if always(grid, i, j)}  # also those that do not exist yet
         others = [j for j in range(start // grid.block_size) if j not in chosen]
         if name == "strided":
             last = (stop - 1) // grid.block_size
@@ -89,7 +88,7 @@ def reference(name: str, grid: Grid, q: Tensor, k: Tensor) -> Tensor:
                     kept += math.exp(scores[j]) / total
             else:
                 chosen |= set(best)
-        dense[b, h, i, list(chosen)] = True
+        dense[b, h, i, [j for j in chosen if j < k_blocks]] = True
     return dense
 
 
@@ -119,6 +118,17 @@ def test_a_list_does_not_know_the_future(name: str, grid: Grid) -> None:
         assert torch.equal(after[:, :, :blocks], before[:, :, :blocks])
     if name in ("pooled", "mass", "clusters"):
         assert not torch.equal(SELECTORS[name](grid, other_q * 0 + 3, k.flip(1)).to_dense(), before)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_list_does_not_know_how_many_follow(name: str, grid: Grid) -> None:
+    """Also that of a block of queries of which only the first are there yet."""
+    q, k = tensors()
+    whole = SELECTORS[name](grid, q, k).to_dense()
+    for t in (1, 7, 8, 33, 49, 74):
+        part = SELECTORS[name](grid, q[:, :t], k[:, :t]).to_dense()
+        assert torch.equal(part, whole[:, :, : part.shape[2], : part.shape[3]])
 
 
 @pytest.mark.parametrize("name", SELECTORS)
