@@ -8,7 +8,6 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megasparse import platform
 from megasparse.config import SparseAttention
 from megasparse.layers import selectors
 from megasparse.layers.attention import CoreAttention
@@ -22,7 +21,7 @@ from megasparse.schedule import attention_blocks
 
 
 class BlockSparseAttention(CoreAttention):
-    """CoreAttention over the key blocks that a selector lists, as ``sparse`` says. ValueError for a gate on CUDA."""
+    """CoreAttention over the key blocks that a selector lists, as ``sparse`` says."""
 
     def __init__(
         self,
@@ -42,16 +41,9 @@ class BlockSparseAttention(CoreAttention):
         self.first_head = tp_rank * (kv_heads // config.tensor_model_parallel_size)
         self.grid = Grid(sparse.block_size, sparse.query_block_size, sparse.local_blocks, sparse.sink_blocks)
         local_heads = kv_heads // config.tensor_model_parallel_size
+        group = config.num_attention_heads // kv_heads
+        self.gate = AttentionGate(config, local_heads, group, sparse.gate_dim) if sparse.selector == "gate" else None
         self.centroids = Centroids(config, local_heads, sparse.clusters) if sparse.selector == "clusters" else None
-        self.gate: AttentionGate | None = None
-        if sparse.selector == "gate":
-            if platform.has_cuda():
-                raise ValueError(
-                    "model.sparse_attention.selector=gate does not run on CUDA yet, as what it learns from "
-                    "(ops.block_sparse.block_mass) has no Triton kernel: use selector=pooled"
-                )
-            group = config.num_attention_heads // kv_heads
-            self.gate = AttentionGate(config, local_heads, group, sparse.gate_dim)
 
     def _attend(
         self,

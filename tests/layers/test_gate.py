@@ -11,7 +11,6 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megasparse import platform
 from megasparse.layers.block_sparse import BlockSparseAttention
 from megasparse.layers.gate import AttentionGate, gate_loss, pooled_keys
 from megasparse.layers.selectors import Grid
@@ -84,12 +83,6 @@ def test_loss_and_its_gradient_one_list_at_a_time() -> None:
         expected[b, h, t, blocks] = predicted - target
     assert loss.item() == pytest.approx(total, rel=1e-9)
     assert_close(gradient, expected, 1e-9)
-
-
-def test_it_is_refused_on_cuda_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "has_cuda", lambda: True)
-    with pytest.raises(ValueError, match="selector=gate does not run on CUDA yet"):
-        modules(selector="gate", blocks=4)
 
 
 def test_it_learns_to_find_what_attention_finds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megasparse.ops.block_sparse import triton as kernels
+from megasparse.ops.block_sparse import triton_mass
 
 TARGET = GPUTarget("cuda", 90, 32)
+KERNELS = kernels.KERNELS | triton_mass.KERNELS
 OUTPUT = Path(__file__).with_suffix(".md")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BLOCKS = [(64, 64), (128, 128), (1, 64)]  # query block, key block
@@ -40,7 +42,7 @@ TITLE = """# What the kernels of block-sparse attention compile to
 
 Written by `tools/bench/kernel_report.py` for sm_90, on a machine without a GPU: nothing was run, and there are no
 speeds. Registers are of a thread; spills are its stack and the instructions that touch it; wgmma and mma.sync are
-counted in the PTX. "plain" is causal only, "full" also has documents and a bias.
+counted in the PTX. "plain" is causal only, "full" also has documents and a bias; mass has no bias.
 """
 
 
@@ -82,16 +84,16 @@ def variants() -> list[Variant]:
     found = [
         Variant(kernel, "bf16", head_dim, *blocks, group, inputs)
         for kernel, blocks, head_dim, group, inputs in itertools.product(
-            kernels.KERNELS, BLOCKS, (64, 128), (4, 8), ("plain", "full")
+            KERNELS, BLOCKS, (64, 128), (4, 8), ("plain", "full")
         )
     ]
-    for kernel, dtype, blocks in itertools.product(kernels.KERNELS, ("fp16", "fp32"), BLOCKS):
+    for kernel, dtype, blocks in itertools.product(KERNELS, ("fp16", "fp32"), BLOCKS):
         found.append(Variant(kernel, dtype, 128, *blocks, 4, "full"))
     return found
 
 
 def compile_variant(variant: Variant) -> Compiled:
-    kernel = kernels.KERNELS[variant.kernel]
+    kernel = KERNELS[variant.kernel]
     sizes = (variant.head_dim, variant.group, variant.query_block, variant.key_block)
     launch = kernels.launch_of(variant.kernel, DTYPES[variant.dtype], *sizes, causal=True)
     absent = ("bias", "documents", "dbias") if variant.inputs == "plain" else ()
@@ -116,7 +118,7 @@ def argument_type(name: str, dtype: str) -> str:
             return "i32"
         case "count" | "index" | "documents" | "lists" | "firsts":
             return "*i32"
-        case "bias" | "dbias" | "lse" | "delta" | "dk_parts" | "dv_parts":
+        case "bias" | "dbias" | "lse" | "delta" | "dk_parts" | "dv_parts" | "mass":
             return "*fp32"
         case _:
             return f"*{dtype}"

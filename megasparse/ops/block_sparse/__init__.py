@@ -3,7 +3,7 @@
 blocks.py   BlockMask, the one format of the lists
 naive.py    the definition, with a dense mask
 cpu.py      tiles by list, memory linear in the sequence
-triton.py   the same on CUDA
+triton.py   the same on CUDA; triton_mass.py for block_mass
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def block_mass(
     causal: bool = True,
     scale: float | None = None,
     document_ids: Tensor | None = None,
-    backend: Literal["auto", "naive", "cpu"] = "auto",
+    backend: Literal["auto", "naive", "cpu", "triton"] = "auto",
 ) -> Tensor:
     """The share of a query's attention that each listed block gets, sum over its keys of exp(logit - lse): the largest
     of a query block's queries and of the group's heads (what SeerAttention's gate learns, arXiv 2410.13276).
@@ -83,20 +83,26 @@ def block_mass(
     q, k, mask, causal, scale, document_ids: as in block_sparse_attention, whose ``lse`` [batch, seq, heads] this takes;
     the lists may be others, so that a second pass over few blocks measures them by all. Returns [batch, kv_heads,
     q_blocks, max_blocks], float32 or float64, in the places of mask.index, zero after a list's end. Not differentiable.
-    There is no Triton kernel yet: on CUDA say backend="naive".
+    backend: as in block_sparse_attention.
     """
     _check(q, k, k, mask, document_ids, None)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse {list(lse.shape)} must be [batch, seq, heads] = {list(q.shape[:3])}")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if backend == "auto" and q.device.type == "cpu":
-        backend = "cpu"
+    if backend == "auto":
+        backend = "cpu" if q.device.type == "cpu" else "triton"
     match backend:
         case "naive":
-            return naive.block_mass(q, k, lse, mask, causal, scale, document_ids)
+            measure = naive.block_mass
         case "cpu":
-            return cpu.block_mass(q, k, lse, mask, causal, scale, document_ids)
-    raise ValueError(f"backend={backend!r} on {q.device}: use 'naive', or 'cpu' for CPU tensors")
+            measure = cpu.block_mass
+        case "triton":
+            from megasparse.ops.block_sparse import triton_mass
+
+            measure = triton_mass.block_mass
+        case _:
+            raise ValueError(f"backend={backend!r}: use 'auto', 'naive', 'cpu' or 'triton'")
+    return measure(q, k, lse, mask, causal, scale, document_ids)
 
 
 def _check(

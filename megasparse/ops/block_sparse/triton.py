@@ -422,9 +422,14 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """See ``block_sparse.block_sparse_attention``; and the log-sum-exp [batch, seq, heads], float32.
 
-    document_ids count as int32. Raises ValueError for float64, for a head_dim above 128, and for tensors on the CPU
-    outside of Triton's interpreter.
+    document_ids count as int32. Raises ValueError as ``check``.
     """
+    check(q)
+    return _Attend.apply(q, k, v, block_bias, mask, causal, scale, document_ids)  # type: ignore[no-any-return]
+
+
+def check(q: Tensor) -> None:
+    """Raises ValueError for float64, for a head_dim above 128, and on the CPU outside of Triton's interpreter."""
     if q.dtype == torch.float64:
         raise ValueError("q is torch.float64, which the triton backend does not take: use float32, or backend='naive'")
     if q.shape[-1] > 128:
@@ -434,4 +439,3 @@ def block_sparse_attention(
             "q is on the CPU: use backend='cpu', or set TRITON_INTERPRET=1 before triton is imported, to run the "
             "kernels in its interpreter"
         )
-    return _Attend.apply(q, k, v, block_bias, mask, causal, scale, document_ids)  # type: ignore[no-any-return]

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megasparse.ops.block_sparse import BlockMask, block_sparse_attention
+from megasparse.ops.block_sparse import BlockMask, block_mass, block_sparse_attention
+from tests.helpers import assert_close
 
 # max|ours - naive in float64| / max|naive|; naive gets the same rounded inputs. float32: seen up to 1.2e-6. bfloat16
 # rounds weights, their gradients and results by up to 2^-9 = 2e-3: seen up to 1.3e-2. float16 has 3 bits more: 6.2e-4.
@@ -275,6 +276,70 @@ def test_refuses_the_cpu_outside_of_the_interpreter(compiler: ProcessPoolExecuto
         compiler.submit(run, Case(F32, 1, 64, 16, 16, 16, 16), "triton").result()
 
 
+def shares(case: Case, backend: str) -> tuple[Tensor, BlockMask]:
+    """block_mass of the case's lists, by the log-sum-exp over all blocks; naive in float64."""
+    (q, k, v, *_), mask, documents = inputs(case)
+    options = {"causal": case.causal, "document_ids": documents}
+    every = BlockMask.from_dense(torch.ones_like(mask.to_dense()), case.key_block, case.query_block)
+    exact = [x.double() for x in (q, k, v)]
+    _, lse = block_sparse_attention(*exact, every, backend="naive", return_lse=True, **options)  # type: ignore[arg-type]
+    q, k = (q, k) if backend == "triton" else exact[:2]
+    return block_mass(q, k, lse, mask, backend=backend, **options), mask  # type: ignore[arg-type]
+
+
+def check_shares(interpreter: ProcessPoolExecutor, case: Case) -> None:
+    """To the bounds of float32: only logits are products of rounded numbers, and those are exact."""
+    exact, mask = shares(case, "naive")
+    found, _ = interpreter.submit(shares, case, "triton").result()
+    assert found.dtype == torch.float32
+    assert (found[~mask.listed()] == 0).all()
+    assert exact.max() > 0.1
+    assert_close(found, exact, TOLERANCE[F32])
+
+
+@pytest.mark.parametrize("query_block", [1, 32])
+@pytest.mark.parametrize(("length", "head_dim", "block"), [(63, 64, 32), (111, 128, 16), (200, 64, 128)])
+@pytest.mark.parametrize(("dtype", "group"), [*itertools.product((F32, BF16), (1, 4, 8)), (F16, 4)], ids=str)
+def test_block_mass(
+    interpreter: ProcessPoolExecutor,
+    dtype: torch.dtype,
+    group: int,
+    length: int,
+    head_dim: int,
+    block: int,
+    query_block: int,
+) -> None:
+    check_shares(interpreter, Case(dtype, group, head_dim, length, length, query_block, block, kv_heads=1))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(BF16, 8, 128, 200, 200, 128, 128),
+        Case(F32, 3, 80, 63, 63, 24, 40, batch=2),
+        Case(F32, 24, 32, 20, 63, 1, 48),
+        Case(BF16, 4, 64, 50, 111, 16, 32, batch=2, causal=False, documents=False),
+        Case(F32, 4, 64, 40, 200, 1, 64, documents=False),
+        Case(F32, 4, 64, 40, 40, 1, 16, causal=False),
+    ],
+    ids=str,
+)
+def test_block_mass_of_odd_sizes(interpreter: ProcessPoolExecutor, case: Case) -> None:
+    """Of groups, tiles and heads; fewer queries than keys, two batches, without causality or documents."""
+    check_shares(interpreter, case)
+
+
+@pytest.mark.parametrize("query_block", [1, 16])
+def test_block_mass_of_empty_lists(interpreter: ProcessPoolExecutor, query_block: int) -> None:
+    case = Case(BF16, 4, 64, 40, 40, query_block, 16, density=0.0)
+    assert (interpreter.submit(shares, case, "triton").result()[0] == 0).all()
+
+
+def test_block_mass_refuses_the_cpu_outside_of_the_interpreter(compiler: ProcessPoolExecutor) -> None:
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        compiler.submit(shares, Case(F32, 1, 64, 16, 16, 16, 16), "triton").result()
+
+
 def compiled(variant: str) -> tuple[int, int, int, int]:
     """Bytes or instructions of spills, bytes of shared memory, wgmma and mma.sync instructions."""
     from tools.bench import kernel_report
@@ -286,7 +351,7 @@ def compiled(variant: str) -> tuple[int, int, int, int]:
 
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 8), (128, 4)])
 @pytest.mark.parametrize("blocks", ["q64/k64", "q128/k128", "q1/k64"])
-@pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv"])
+@pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv", "mass"])
 def test_compiles_to_tensor_cores_without_spills(
     compiler: ProcessPoolExecutor, kernel: str, blocks: str, head_dim: int, group: int
 ) -> None:
@@ -297,7 +362,7 @@ def test_compiles_to_tensor_cores_without_spills(
 
 
 @pytest.mark.parametrize("blocks", ["q64/k64", "q1/k64"])
-@pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv"])
+@pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv", "mass"])
 def test_compiles_with_one_head_and_one_block(compiler: ProcessPoolExecutor, kernel: str, blocks: str) -> None:
     """Triton compiles numbers that are 1 as constants."""
     compiler.submit(compiled, f"{kernel}/bf16/d64/{blocks}/g4/ones").result()
@@ -311,6 +376,6 @@ def every_variant() -> int:
 
 def test_the_table_has_every_variant_and_no_spill(compiler: ProcessPoolExecutor) -> None:
     """It is what the report last wrote, not what the kernels are now: the test above compiles them."""
-    rows = [line for line in REPORT.read_text().splitlines() if line.startswith(("| forward", "| backward"))]
+    rows = [line for line in REPORT.read_text().splitlines() if line.startswith(("| forward", "| backward", "| mass"))]
     assert len(rows) == compiler.submit(every_variant).result()
     assert all("| 0 (0 / 0) |" in row for row in rows)
