@@ -365,7 +365,8 @@ def _place(parameter: Any, topology: Topology, rows: int | None) -> tuple[tuple[
 
 @torch.no_grad()
 def initialize_weights(chunks: nn.ModuleList, model: Model, seed: int, topology: Topology) -> None:
-    """Normal(0, init_std) for matrices, output projections divided by sqrt(2 * layers); norms 1, biases 0.
+    """Normal(0, init_std) for matrices, output projections divided by sqrt(2 * layers); norms 1, biases 0, and 0 where
+    a compression begins as a mean (layers/nsa.py).
 
     Each weight is drawn from a generator keyed by its name in the whole model, so its value does not depend on the
     layout. Rows that pad the vocabulary are zero.
@@ -378,6 +379,8 @@ def initialize_weights(chunks: nn.ModuleList, model: Model, seed: int, topology:
         output = name.endswith(("linear_proj.weight", "linear_fc2.weight", "experts.w2"))
         std = model.init_std / math.sqrt(2 * model.num_layers) if output else model.init_std
         parameter.zero_()
+        if name.endswith(("compress_key.output", "compress_value.output")):
+            continue
         experts = ".experts.w" in name  # one generator each: no process draws the experts of another
         whole = None if experts else _normal(name, weight.shape, std, seed)
         for slab in weight.slabs:

@@ -142,8 +142,8 @@ class Compression(nn.Module):
 
     x_0 .. x_{l-1} -> mean(x) + output gelu(hidden [x_0 + position_0, .., x_{l-1} + position_{l-1}]).
     position [kv_heads, l, head_dim], hidden [kv_heads, head_dim, l * head_dim], output [kv_heads, head_dim, head_dim]:
-    of this tensor-parallel rank's K/V heads. The paper has the MLP alone; with the mean, scores mean something from the
-    start.
+    of this tensor-parallel rank's K/V heads. The paper has the MLP alone; here ``output`` begins as zeros: compressed
+    keys are means at first, by which scores mean something.
     """
 
     def __init__(self, config: Any, kv_heads: int, sparse: SparseAttention) -> None:
