@@ -17,7 +17,7 @@ from megasparse.config import Recipe, parse_recipe
 from megasparse.engine import Engine
 from megasparse.topology import Layout, Topology
 from tests import small
-from tests.checkpoint.runs import FINGERPRINT, assert_same, disturb, engine_of, recipe_of, run, state_of
+from tests.checkpoint.runs import FINGERPRINT, MODEL, MOE, assert_same, disturb, engine_of, recipe_of, run, state_of
 from tests.helpers import run_distributed
 
 SAVED, END = 3, 8  # steps
@@ -25,9 +25,12 @@ SAVED, END = 3, 8  # steps
 # The same layout: to the bit -----------------------------------------------------------------------------------------
 
 
-def interrupted_or_not(layout: str, precision: str, folder: Path) -> list[float]:
+def interrupted_or_not(layout: str, precision: str, folder: Path, sparse: dict[str, Any] | None = None) -> list[float]:
     """3 steps, save, 3 steps; then load into another engine and do the last 3 again."""
     recipe = recipe_of(layout, precision)
+    if sparse is not None:
+        model = {**MODEL, "sparse_attention": sparse}
+        recipe = small.recipe(model, MOE, {"micro_batch_size": 1}, parallel=Layout.parse(layout).parallel())
     place = small.start(recipe)
     engine = engine_of(recipe, place)
     run(engine, 0, SAVED)
@@ -70,6 +73,14 @@ def test_resumed_is_never_interrupted(tmp_path: Path, layout: str, precision: st
     scales = run_distributed(interrupted_or_not, Layout.parse(layout).world_size, layout, precision, tmp_path)[0]
     if precision == "fp16":
         assert len(set(scales)) == 2, "the scale moves within these steps, so its counter was restored"
+
+
+@pytest.mark.parametrize("selector", ["gate", "nsa", "clusters"])
+def test_selectors_that_learn_are_resumed(tmp_path: Path, selector: str) -> None:
+    """Saved in a ramp from dense to sparse."""
+    sizes = {"block_size": 4, "blocks": 4, "compression_size": 4, "compression_stride": 2, "gate_dim": 8, "clusters": 3}
+    sparse = {"selector": selector, **sizes, "dense_start": 0.1, "ramp": 0.1}  # of 20 steps
+    run_distributed(interrupted_or_not, 2, "tp2", "fp32", tmp_path, sparse)
 
 
 # Another layout ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ SELECTORS: list[dict[str, Any]] = [
     {"selector": "strided", "stride": 3},
     {"selector": "pooled", "blocks": 5},
     {"selector": "pooled", "blocks": 5, "mass": 0.5},
+    {"selector": "clusters", "blocks": 5, "clusters": 4},
 ]
+GATE = {"selector": "gate", "blocks": 5, "gate_dim": 8}  # for single queries
 
 
 def modules(state: StepState | None = None, **sparse: Any) -> tuple[CoreAttention, BlockSparseAttention]:
@@ -39,6 +41,9 @@ def modules(state: StepState | None = None, **sparse: Any) -> tuple[CoreAttentio
     block_sparse = BlockSparseAttention(
         *arguments, sparse=made, state=state or StepState(), tp_rank=0, kv_heads=KV_HEADS
     )
+    generator = torch.Generator().manual_seed(3)
+    for weight in block_sparse.parameters():
+        torch.nn.init.normal_(weight, generator=generator)
     return CoreAttention(*arguments), block_sparse
 
 
@@ -77,8 +82,11 @@ def test_it_attends_to_what_the_selector_lists(options: dict[str, Any], query_bl
     assert (output - dense(query, key, value, None)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("query_block_size", [1, 8])
-@pytest.mark.parametrize("options", SELECTORS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "query_block_size"),
+    [*((options, size) for options in SELECTORS for size in (1, 8)), (GATE, 1)],
+    ids=str,
+)
 def test_no_output_knows_the_future(options: dict[str, Any], query_block_size: int) -> None:
     _, sparse = modules(**options, query_block_size=query_block_size)
     inputs = [x.detach() for x in tensors()]
