@@ -89,7 +89,7 @@ def test_it_attends_to_what_the_selector_lists(options: dict[str, Any], query_bl
 )
 def test_no_output_knows_the_future(options: dict[str, Any], query_block_size: int) -> None:
     _, sparse = modules(**options, query_block_size=query_block_size)
-    inputs = [x.detach() for x in tensors()]
+    inputs = [x.detach().float() for x in tensors()]
     before = sparse(*inputs, None)
     for t in (1, 8, 40, 74):
         changed = [torch.cat([x[:t], torch.randn_like(x[t:]) * 9]) for x in inputs]
