@@ -276,21 +276,23 @@ def test_refuses_the_cpu_outside_of_the_interpreter(compiler: ProcessPoolExecuto
         compiler.submit(run, Case(F32, 1, 64, 16, 16, 16, 16), "triton").result()
 
 
-def shares(case: Case, backend: str) -> tuple[Tensor, BlockMask]:
-    """block_mass of the case's lists, by the log-sum-exp over all blocks; naive in float64."""
+def shares(case: Case, backend: str, all_blocks: bool = True) -> tuple[Tensor, BlockMask]:
+    """block_mass of the case's lists, by the log-sum-exp over all blocks or over the lists' own; naive in float64."""
     (q, k, v, *_), mask, documents = inputs(case)
     options = {"causal": case.causal, "document_ids": documents}
     every = BlockMask.from_dense(torch.ones_like(mask.to_dense()), case.key_block, case.query_block)
+    summed = every if all_blocks else mask
     exact = [x.double() for x in (q, k, v)]
-    _, lse = block_sparse_attention(*exact, every, backend="naive", return_lse=True, **options)  # type: ignore[arg-type]
+    _, lse = block_sparse_attention(*exact, summed, backend="naive", return_lse=True, **options)  # type: ignore[arg-type]
+    assert all_blocks or (lse == -torch.inf).any()
     q, k = (q, k) if backend == "triton" else exact[:2]
     return block_mass(q, k, lse, mask, backend=backend, **options), mask  # type: ignore[arg-type]
 
 
-def check_shares(interpreter: ProcessPoolExecutor, case: Case) -> None:
+def check_shares(interpreter: ProcessPoolExecutor, case: Case, all_blocks: bool = True) -> None:
     """To the bounds of float32: only logits are products of rounded numbers, and those are exact."""
-    exact, mask = shares(case, "naive")
-    found, _ = interpreter.submit(shares, case, "triton").result()
+    exact, mask = shares(case, "naive", all_blocks)
+    found, _ = interpreter.submit(shares, case, "triton", all_blocks).result()
     assert found.dtype == torch.float32
     assert (found[~mask.listed()] == 0).all()
     assert exact.max() > 0.1
@@ -327,6 +329,15 @@ def test_block_mass(
 def test_block_mass_of_odd_sizes(interpreter: ProcessPoolExecutor, case: Case) -> None:
     """Of groups, tiles and heads; fewer queries than keys, two batches, without causality or documents."""
     check_shares(interpreter, case)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(BF16, 16, 64, 63, 63, 1, 16), Case(BF16, 4, 64, 63, 63, 16, 8, density=0.3)], ids=str
+)
+def test_block_mass_where_queries_see_no_key(interpreter: ProcessPoolExecutor, case: Case) -> None:
+    """Their lists name only what is hidden, and their log-sum-exp is -inf; in all rows of a tile, as the maximum of
+    not-a-number and a number is the number."""
+    check_shares(interpreter, case, all_blocks=False)
 
 
 @pytest.mark.parametrize("query_block", [1, 16])
