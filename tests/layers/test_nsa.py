@@ -154,11 +154,11 @@ def test_no_output_knows_the_future(t: int) -> None:
 
 
 def test_a_cache_gives_the_same() -> None:
-    """Single queries after 40 keys, and 11 at once."""
+    """Single queries after 40 keys, and some at once, from the start of a block and from within one."""
     layer = made()
     query, key, value, gates = (x.detach() for x in tensors())
     whole = layer(query, key, value, None, attention_bias=gates)
-    for start, stop in ((40, 41), (33, 34), (64, 75)):
+    for start, stop in ((40, 41), (33, 34), (64, 75), (35, 59)):
         q, k, v = (x[a:stop].permute(1, 2, 0, 3) for x, a in ((query, start), (key, 0), (value, 0)))
         branches = layer._attend(q, k, v, None, start).unflatten(-1, (3, DIM))  # [batch, heads, n, 3, head_dim]
         gate = gates[start:stop].view(-1, 2, HEADS, 3, 1).permute(1, 2, 0, 3, 4).sigmoid()

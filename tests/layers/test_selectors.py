@@ -99,6 +99,7 @@ def test_against_a_loop(name: str, grid: Grid) -> None:
     mask = SELECTORS[name](grid, q, k)
     expected = reference(name, grid, q, k)
     assert torch.equal(mask.to_dense(), expected)
+    assert (mask.index[mask.listed()] < mask.num_key_blocks).all()
     assert expected.any(-1).all()
     if name != "local":
         assert not torch.equal(expected, reference("local", grid, q, k))
