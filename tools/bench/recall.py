@@ -1,0 +1,200 @@
+"""Does learned block-sparse attention learn? Associative recall far beyond a local window, at the same density.
+
+    python tools/bench/recall.py --seeds 1 2 3 --json recall.json
+
+The task is multi-query associative recall (MQAR; Zoology, arXiv 2312.04927). A sequence binds each key to a value drawn
+anew, and at its end asks for the keys' values in random order, one query a position. A pair is one token, so that one
+look-up finds the value: what is tried is whether attention gets to the place, and minutes on one core suffice. Pairs
+lie outside the first block, and farther from every query than layers x window of ``local``, so that no window reaches
+or relays them.
+
+Each variant is a recipe that differs in ``model.sparse_attention`` alone; batches, steps and learning rates are the
+same. Accuracy is that of the largest logit on sequences not trained on, with the attention of the last step.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megasparse import topology
+from megasparse.config import Recipe, parse_recipe
+from megasparse.data.loader import Batch
+from megasparse.engine import Engine
+from megasparse.model import build_model
+from megasparse.schedule import learning_rate
+from megasparse.topology import Topology
+
+# The task: a filler, keys, values, and a token for each pair of them.
+SEQ, KEYS, VALUES = 1152, 16, 8
+RUN = 24  # tokens of a pair
+FIRST, LAST, QUERIES = 16, 720, 960  # pairs lie in FIRST .. LAST, queries from QUERIES on
+VOCAB = 1 + KEYS + VALUES + KEYS * VALUES
+
+BLOCK, BLOCKS = 16, 5  # a query sees 5 of up to 72 blocks of 16 keys: 13 % of the causal ones
+LAYERS = 2
+PHASES = {"dense_start": 0.4}
+BUDGET = {"blocks": BLOCKS, "block_size": BLOCK, "local_blocks": 2, "sink_blocks": 1, "ramp": 0.2, **PHASES}
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "local": {"selector": "local", "block_size": BLOCK, "local_blocks": BLOCKS - 1, "sink_blocks": 1, **PHASES},
+    "pooled": {"selector": "pooled", **BUDGET},
+    "gate": {"selector": "gate", "gate_dim": 32, "gate_loss_coefficient": 1.0, **BUDGET},
+    # Compressed keys learn while they are needed, so it begins sparse. 2 + 1 blocks and a 16th of the keys: 14 %.
+    "nsa": {
+        **{"selector": "nsa", "block_size": BLOCK, "blocks": 2, "local_blocks": 1, "sink_blocks": 0},
+        **{"window_blocks": 1, "compression_size": 16},
+    },
+}
+EVALUATED = 128  # sequences
+
+
+def recipe(variant: str, seed: int, steps: int, batch: int) -> Recipe:
+    return parse_recipe(
+        {
+            "name": f"recall-{variant}",
+            "data": {"sets": [{"path": "unused"}], "seq_length": SEQ},
+            "model": {
+                "num_layers": LAYERS,
+                "hidden_size": 128,
+                "num_attention_heads": 2,
+                "num_query_groups": 1,
+                "head_dim": 32,
+                "ffn_hidden_size": 128,
+                "vocab_size": VOCAB,
+                "bias": "qkv",
+                "init_std": 0.08,  # about 1 / sqrt(hidden_size)
+                "position_embedding": "learned",  # keys match at any distance
+                "sparse_attention": VARIANTS[variant],
+            },
+            "training": {"steps": steps, "global_batch_size": batch, "micro_batch_size": batch, "seed": seed},
+            "optimizer": {"lr": 2.5e-3, "weight_decay": 0.0},
+            "schedule": {"warmup_tokens": steps // 20 * batch * SEQ, "min_lr_ratio": 0.02},
+            "parallel": {"zero_stage": 0},
+        }
+    )
+
+
+def draw(generator: torch.Generator, size: int) -> Batch:
+    """``size`` sequences: filler, in it each key's pair as a run of RUN tokens somewhere in a part of its own, filler,
+    queries. Answers alone count."""
+    keys = torch.rand(size, KEYS, generator=generator).argsort(1)
+    values = torch.randint(VALUES, (size, KEYS), generator=generator)
+    room = (LAST - FIRST) // KEYS  # of each pair
+    starts = FIRST + torch.arange(KEYS) * room + torch.randint(room - RUN + 1, (size, KEYS), generator=generator)
+    places = (starts.unsqueeze(2) + torch.arange(RUN)).flatten(1)
+    asked = torch.randint(KEYS, (size, SEQ - QUERIES), generator=generator)
+    tokens = torch.zeros(size, SEQ, dtype=torch.long)
+    labels, scored = tokens.clone(), torch.zeros(size, SEQ)
+    tokens.scatter_(1, places, (1 + KEYS + VALUES + keys * VALUES + values).repeat_interleave(RUN, 1))
+    tokens[:, QUERIES:] = 1 + keys.gather(1, asked)
+    labels[:, QUERIES:] = 1 + KEYS + values.gather(1, asked)
+    scored[:, QUERIES:] = 1.0
+    positions = torch.arange(SEQ).expand(size, SEQ).contiguous()
+    index = torch.arange(size * SEQ).view(size, SEQ)
+    return Batch(tokens, labels, scored, positions, document_ids=None, token_index=index)
+
+
+def sequences(seed: int, batch: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield draw(generator, batch)
+
+
+def run(variant: str, seed: int, steps: int, batch: int, place: Topology, log: Console) -> dict[str, Any]:
+    """Train and test one model."""
+    plan = recipe(variant, seed, steps, batch)
+    engine = Engine(plan, place, *build_model(plan, place, VOCAB))
+    started, density, losses = time.perf_counter(), 1.0, []
+    data = sequences(seed, batch)
+    for step in range(steps):
+        tokens = (step + 1) * plan.tokens_per_step
+        rate = learning_rate(tokens, plan.optimizer, plan.schedule, plan.total_tokens)
+        result = engine.train_step([next(data)], step, rate)
+        density = 1.0 if not result.attention else result.attention["block_density"]
+        losses.append(result.loss)
+        if (step + 1) % 50 == 0:
+            loss = statistics.mean(losses[-50:])
+            log.print(f"{variant} seed {seed} step {step + 1}: {loss=:.3f} {density=:.3f}")
+    return {
+        "variant": variant,
+        "seed": seed,
+        "accuracy": accuracy(engine, sequences(seed + 2**31, batch), EVALUATED // batch),
+        "density": density,  # of the last step
+        "seconds": time.perf_counter() - started,
+        "tokens": plan.total_tokens,
+        "losses": losses,
+    }
+
+
+@torch.no_grad()
+def accuracy(engine: Engine, data: Iterator[Batch], batches: int) -> float:
+    """The share of answers whose logit is the largest of the vocabulary."""
+    engine.chunks.eval()
+    right, asked = 0.0, 0.0
+    for _ in range(batches):
+        batch = next(data)
+        best = engine.chunks[0](batch.tokens, batch.position_ids, None).argmax(-1)
+        right += ((best == batch.labels) * batch.loss_mask).sum().item()
+        asked += batch.loss_mask.sum().item()
+    return right / asked
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """A row of cells for each variant."""
+    rows = {}
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        mine = [run for run in runs if run["variant"] == variant]
+        accuracies = [100 * run["accuracy"] for run in mine]
+        rows[variant] = [
+            f"{statistics.mean(run['density'] for run in mine):.3f}",
+            f"{statistics.mean(accuracies):.1f}",
+            ", ".join(f"{value:.1f}" for value in accuracies),
+            f"{statistics.mean(run['seconds'] for run in mine):.0f}",
+        ]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    console, place, runs = Console(width=110), topology.initialize(), []
+    for seed in arguments.seeds:
+        for variant in arguments.variants:
+            runs.append(run(variant, seed, arguments.steps, arguments.batch, place, console))
+            console.print(f"{variant} seed {seed}: accuracy {runs[-1]['accuracy']:.3f}")
+            if arguments.json is not None:
+                task = {"seq": SEQ, "keys": KEYS, "values": VALUES, "steps": arguments.steps, "batch": arguments.batch}
+                arguments.json.write_text(json.dumps({"task": task, "runs": runs}, indent=2) + "\n")
+    columns = ["attention", "block density", "accuracy, %", "by seed", "seconds"]
+    title = f"{KEYS} pairs in {SEQ} tokens, {arguments.steps} steps of {arguments.batch}; chance {100 / VALUES:.1f} %"
+    table = Table(*columns, title=title)
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for variant, cells in summary(runs).items():
+        table.add_row(variant, *cells)
+        print(f"| {variant} | {' | '.join(cells)} |")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
