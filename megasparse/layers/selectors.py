@@ -158,7 +158,8 @@ def choose(grid: Grid, score: Score, q: Tensor, k: Tensor, budget: int, mass: fl
     batch, seq, kv_heads, _ = k.shape
     first, last = grid.own(q.shape[1], seq - q.shape[1], k.device)
     existing = grid.blocks(seq)
-    blocks = torch.arange(max(existing, int(last[-1]) + 1), device=k.device)
+    missing = -q.shape[1] % grid.query_block_size  # queries of the last block that are not there
+    blocks = torch.arange(grid.blocks(seq + missing), device=k.device)
     width, step = min(budget, len(blocks)), max(1, CHUNK // (batch * kv_heads * len(blocks)))
     indices, keeps = [], []
     for start in range(0, len(first), step):
