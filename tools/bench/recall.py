@@ -3,10 +3,10 @@
     python tools/bench/recall.py --seeds 1 2 3 --json recall.json
 
 The task is multi-query associative recall (MQAR; Zoology, arXiv 2312.04927). A sequence binds each key to a value drawn
-anew, and at its end asks for the keys' values in random order, one query a position. A pair is one token, so that one
-look-up finds the value: what is tried is whether attention gets to the place, and minutes on one core suffice. Pairs
-lie outside the first block, and farther from every query than layers x window of ``local``, so that no window reaches
-or relays them.
+anew, and at its end asks for the keys' values in random order, one query a position. A pair is one token, repeated, so
+that one look-up finds the value: what is tried is whether attention gets to the place, and minutes on one core suffice
+(with a token for the key and one for the value dense attention did not learn it in that time). Pairs lie outside the
+first block, and farther from every query than layers x window of ``local``, so that no window reaches or relays them.
 
 Each variant is a recipe that differs in ``model.sparse_attention`` alone; batches, steps and learning rates are the
 same. Accuracy is that of the largest logit on sequences not trained on, with the attention of the last step.
