@@ -153,6 +153,29 @@ def test_a_cache_changes_nothing(single: topology.Topology, name: str) -> None:
     assert_close(next_token_logits(gpt, recipe, single, tokens), whole[small.SEQ], 1e-7)  # no cache is left behind
 
 
+@pytest.mark.parametrize("name", ATTENTION)
+def test_text_goes_on_past_the_sequence_length(single: topology.Topology, name: str) -> None:
+    """Every token is the best after the last seq_length ones, while there is a cache and when they no longer fit."""
+    recipe = small.recipe(ATTENTION[name], {})
+    gpt = sharp_model(recipe, single)
+    tokens = PROMPT + generate(gpt, recipe, single, PROMPT, small.SEQ + 5)
+    for end in range(len(PROMPT), len(tokens)):
+        with torch.no_grad():
+            logits = next_token_logits(gpt, recipe, single, tokens[:end][-small.SEQ :])
+        assert tokens[end] == int(logits.argmax())
+
+
+def test_an_error_leaves_no_cache_behind(model: tuple) -> None:
+    gpt, recipe, place = model
+    exact = next_token_logits(gpt.eval(), recipe, place, PROMPT)
+    with (
+        mock.patch.object(module, "_of_first_rank", side_effect=[1, KeyboardInterrupt]),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        generate(gpt, recipe, place, PROMPT, 5)
+    assert torch.equal(next_token_logits(gpt, recipe, place, PROMPT), exact)
+
+
 def texts(raw: dict[str, Any]) -> list[list[int]]:
     recipe = parse_recipe(raw)
     place = small.start(recipe)
@@ -190,7 +213,14 @@ def test_every_layout_writes_the_same(world_size: int, parallel: dict[str, Any])
     assert len(whole[2]) < 12
 
 
-@pytest.mark.parametrize(("name", "parallel"), [("nsa", {"tp": 2, "sequence_parallel": True}), ("gate", {"pp": 2})])
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("nsa", {"tp": 2, "sequence_parallel": True}),
+        ("gate", {"pp": 2}),
+        ("larger query blocks", {"pp": 2, "vp": 2}),
+    ],
+)
 def test_block_sparse_attention_writes_the_same(name: str, parallel: dict[str, Any]) -> None:
     raw = small.recipe({**ATTENTION[name], "num_layers": 4}, {}, {"micro_batch_size": 1}).model_dump(mode="json")
     whole = run_distributed(texts, 1, raw)

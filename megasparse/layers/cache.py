@@ -36,8 +36,10 @@ class KeyValueCache:
         size = self.query_block_size
         if size == 1:
             return query, self.keys, self.values, start
-        queries = _put(self.queries, query, start - self.first_query)
         first = max(0, (start // size - 1) * size)
+        if start == 0:  # anew, whatever is held
+            self.first_query = 0
+        queries = _put(self.queries, query, start - self.first_query)
         self.queries, self.first_query = queries[:, :, first - self.first_query :], first
         return self.queries, self.keys, self.values, first
 
