@@ -89,7 +89,10 @@ def build_model(recipe: Recipe, topology: Topology, vocab_size: int) -> tuple[nn
     model = recipe.model
     config = transformer_config(recipe, topology)
     state = StepState(
-        seed=recipe.training.seed, recompute=recipe.training.recompute == "full", context_parallel=topology.cp
+        seed=recipe.training.seed,
+        recompute=recipe.training.recompute == "full",
+        seq_length=recipe.data.seq_length,
+        context_parallel=topology.cp,
     )
     counts = stage_layers(recipe.parallel, model.num_layers)
     chunks = nn.ModuleList()

@@ -56,7 +56,7 @@ class BlockSparseAttention(CoreAttention):
     ) -> Tensor:
         """``score``: of blocks, where it is not the selector's own to say."""
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [batch, seq, heads, head_dim]
-        budget = self.budget(q.shape[1], k.shape[1])
+        budget = self.budget()
         if budget is None and (self.gate is None or not self.training):
             output = super()._attend(query, key, value, document_ids, start)
             return self._learn_clusters(output, q, k)
@@ -106,9 +106,9 @@ class BlockSparseAttention(CoreAttention):
         """Length of the sequence of which this rank has ``queries`` in one call, and ``keys`` from its start on."""
         return keys if self.context_parallel == 1 else 2 * self.context_parallel * queries
 
-    def budget(self, queries: int, keys: int) -> int | None:
-        """How many blocks a query may see in this step; None: dense attention."""
-        return attention_blocks(self.state.progress, self.sparse, self.grid.blocks(self._seq(queries, keys)))
+    def budget(self) -> int | None:
+        """How many blocks a query may see in this step, in a sequence of any length; None: dense attention."""
+        return attention_blocks(self.state.progress, self.sparse, self.grid.blocks(self.state.seq_length))
 
     def _add_loss(self, output: Tensor, name: str, loss: Tensor, coefficient: float) -> Tensor:
         """``loss`` is the part of this rank's heads and queries: parts sum to the micro-batch's mean."""

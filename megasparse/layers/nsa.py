@@ -109,7 +109,7 @@ class NativeSparseAttention(BlockSparseAttention):
             self._window(query, keys[1], values[1], documents, start),
             masked_attention(query, compressed, self.compress_value(values[2]), visible, self.scale),
         ]
-        if self.training and self.budget(query.shape[2], key.shape[2]) is not None:
+        if self.training and self.budget() is not None:
             own = torch.arange(start, key.shape[2], device=key.device) // self.sparse.block_size
             window = (own + 1).clamp(max=self.sparse.window_blocks).sum()
             coarse = visible.sum() / len(visible) / self.sparse.block_size

@@ -22,6 +22,7 @@ class StepState:
     seed: int = 0
     num_micro_batches: int = 1
     recompute: bool = False  # layers run twice: the first time without gradients
+    seq_length: int = 0  # tokens of a training sequence, by whose blocks the budget of block-sparse attention shrinks
     context_parallel: int = 1  # ranks that share a micro-batch's tokens, over which DeepSpeed averages gradients
     means: dict[str, Tensor] = field(default_factory=dict)  # over micro-batches and layers, this rank's part
     blocks: dict[str, Tensor] = field(

@@ -99,7 +99,7 @@ def test_no_output_knows_the_future(options: dict[str, Any], query_block_size: i
 def test_schedule_and_density() -> None:
     """Dense, fewer and fewer blocks, sparse, dense; each step's blocks are counted, once under recompute, and those of
     evaluation are not."""
-    state = StepState(recompute=True)
+    state = StepState(recompute=True, seq_length=80)
     dense, sparse = modules(state, selector="pooled", blocks=4, dense_start=0.2, ramp=0.4, dense_end=0.2)
     inputs = tensors(80)
     expected = dense(*inputs, None)
@@ -120,6 +120,17 @@ def test_schedule_and_density() -> None:
     with torch.no_grad():
         sparse.eval()(*inputs, None)
     assert not state.blocks
+
+
+def test_a_shrinking_budget_does_not_know_how_many_follow() -> None:
+    state = StepState(seq_length=75)
+    _, sparse = modules(state, selector="pooled", blocks=4, ramp=0.5)
+    inputs = [x.detach() for x in tensors()]
+    state.begin(4, 16, 1)
+    assert sparse.budget() == 6  # 10 - 5/8 * (10 - 4)
+    whole = sparse.eval()(*inputs, None)
+    for t in (1, 30, 50, 58, 74):
+        assert_close(sparse(*(x[:t] for x in inputs), None), whole[:t], 1e-12)
 
 
 @pytest.mark.parametrize(
