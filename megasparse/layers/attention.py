@@ -72,6 +72,7 @@ class CoreAttention(MegatronModule):
         keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         with get_cuda_rng_tracker().fork() if self.forks else contextlib.nullcontext():
             if self.cache is not None:
+                assert attention_mask is None  # generation writes one document
                 queries, keys, values, start = self.cache.extend(queries, keys, values)
                 output = self._attend(queries, keys, values, None, start)[:, :, -seq:]
             elif self.context_parallel == 1:
