@@ -9,7 +9,8 @@ that one look-up finds the value: what is tried is whether attention gets to the
 first block, and farther from every query than layers x window of ``local``, so that no window reaches or relays them.
 
 Each variant is a recipe that differs in ``model.sparse_attention`` alone; batches, steps and learning rates are the
-same. Accuracy is that of the largest logit on sequences not trained on, with the attention of the last step.
+same. All but nsa begin with dense attention. Accuracy is that of the largest logit on sequences not trained on, with
+the attention of the last step.
 """
 
 from __future__ import annotations
