@@ -45,16 +45,18 @@ class BlockSparseAttention(CoreAttention):
         self.gate = AttentionGate(config, local_heads, group, sparse.gate_dim) if sparse.selector == "gate" else None
         self.centroids = Centroids(config, local_heads, sparse.clusters) if sparse.selector == "clusters" else None
 
-    def _attend(
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, start: int) -> Tensor:
+        return self._attend_selected((query, key, value), document_ids, start)
+
+    def _attend_selected(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        tensors: tuple[Tensor, Tensor, Tensor],
         document_ids: Tensor | None,
         start: int,
         score: Score | None = None,
     ) -> Tensor:
-        """``score``: of blocks, where it is not the selector's own to say."""
+        """``_attend`` of (query, key, value). ``score``: of blocks, where the selector has none of its own."""
+        query, key, value = tensors
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [batch, seq, heads, head_dim]
         budget = self.budget()
         if budget is None and (self.gate is None or not self.training):

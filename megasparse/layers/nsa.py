@@ -89,15 +89,7 @@ class NativeSparseAttention(BlockSparseAttention):
         gates = kwargs["attention_bias"].view(seq, batch, heads, 3, 1).sigmoid()
         return (outputs.view(seq, batch, heads, 3, -1) * gates).sum(3).flatten(2)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        document_ids: Tensor | None,
-        start: int,
-        score: Score | None = None,
-    ) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, start: int) -> Tensor:
         """-> [batch, heads, n, 3 * head_dim]: selected, window and compressed, one after the other."""
         keys, values = key.chunk(3, 1), value.chunk(3, 1)
         documents = None if document_ids is None else document_ids[:, : key.shape[2]]
@@ -105,7 +97,7 @@ class NativeSparseAttention(BlockSparseAttention):
         visible = self._visible(compressed.shape[2], start, query.shape[2], documents, key.device)
         score = importance(query, compressed, visible, self.scale, self.sparse, self.grid.blocks(key.shape[2]))
         outputs = [
-            super()._attend(query, keys[0], values[0], document_ids, start, score),
+            self._attend_selected((query, keys[0], values[0]), document_ids, start, score),
             self._window(query, keys[1], values[1], documents, start),
             masked_attention(query, compressed, self.compress_value(values[2]), visible, self.scale),
         ]
