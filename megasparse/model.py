@@ -238,8 +238,9 @@ def _core_attention(model: Model, index: int, topology: Topology, state: StepSta
         **{"sparse": model.sparse_attention, "state": state},
         **{"tp_rank": topology.tp_rank, "kv_heads": model.kv_heads, "num_sparse_layers": sum(model.sparse_layers)},
     }
-    nsa = model.sparse_attention.selector == "nsa"
-    return ModuleSpec(module=NativeSparseAttention if nsa else BlockSparseAttention, params=params)
+    if model.sparse_attention.selector == "nsa":
+        return ModuleSpec(module=NativeSparseAttention, params={**params, "norm_keys": model.qk_norm != "none"})
+    return ModuleSpec(module=BlockSparseAttention, params=params)
 
 
 def _qk_norm(model: Model, heads: int) -> Any:

@@ -196,17 +196,11 @@ def _broken_rules(recipe: Recipe, layout: Layout) -> Iterator[str]:
     if (layout.sequence_parallel or moe) and seq // cp % tp:
         yield f"data.seq_length={seq} / cp={cp} is not divisible by tp={tp}, which splits the sequence"
     sparse = model.sparse_attention
-    if cp > 1 and sparse is not None and sparse.query_block_size > 1:
-        if seq // (2 * cp) % sparse.query_block_size:
-            yield (
-                f"model.sparse_attention.query_block_size={sparse.query_block_size} does not divide "
-                f"data.seq_length={seq} / (2 * cp={2 * cp})"
-            )
-        if sparse.selector in ("pooled", "clusters"):
-            yield (
-                f"cp={cp} needs model.sparse_attention.query_block_size=1, not {sparse.query_block_size}: a block of "
-                "queries chooses by the block before, which another rank may have"
-            )
+    if cp > 1 and sparse is not None and seq // (2 * cp) % sparse.query_block_size:
+        yield (
+            f"model.sparse_attention.query_block_size={sparse.query_block_size} does not divide "
+            f"data.seq_length={seq} / (2 * cp={2 * cp})"
+        )
     if ep > 1 and moe is None:
         yield f"ep={ep} needs model.moe: a dense model has no experts"
     if moe is not None and moe.num_experts % ep:

@@ -194,6 +194,8 @@ def test_gpt2(layout: str) -> None:
 
 
 POOLED = {"selector": "pooled", "block_size": 4, "blocks": 4}
+# One block to choose, also for the first query block of each part of a sequence that context parallelism makes.
+BY_QUERY_BLOCKS = {"block_size": 2, "query_block_size": 3, "blocks": 3, "local_blocks": 1, "sink_blocks": 0}
 NSA = {"selector": "nsa", "compression_size": 4, "compression_stride": 2, "window_blocks": 2}
 SCHEDULE = {"dense_start": 0.05, "ramp": 0.15}  # of 20 steps: one dense, three with fewer and fewer blocks, sparse
 SPARSE = {
@@ -203,7 +205,7 @@ SPARSE = {
         {"recompute": "full"},
         data={"document_mask": True},
     ),
-    "pooled by query blocks": small.recipe({"sparse_attention": {**POOLED, "query_block_size": 4}}, MOE),
+    "pooled by query blocks": small.recipe({"sparse_attention": {**POOLED, **BY_QUERY_BLOCKS}}, MOE),
     "gate": small.recipe(
         {"sparse_attention": {**POOLED, "selector": "gate", "gate_dim": 8, "dense_start": 0.1}},
         MOE,
@@ -221,6 +223,12 @@ SPARSE = {
         MOE,
         data={"document_mask": True},
     ),
+    "clusters by query blocks": small.recipe(
+        {"sparse_attention": {**BY_QUERY_BLOCKS, "selector": "clusters", "clusters": 3}},
+        MOE,
+        {"recompute": "full"},
+        data={"document_mask": True},
+    ),
     "strided": small.recipe(
         {"sparse_attention": {"selector": "strided", "block_size": 2, "query_block_size": 3, "stride": 5}}, MOE
     ),
@@ -234,7 +242,8 @@ SPARSE = {
         *[("gate", layout) for layout in ("tp2+sp", "pp2", "cp2", "ep2", "dp2+zero2", "dp2", "tp2cp2")],
         *[("nsa", layout) for layout in ("tp2+sp", "pp2", "cp2", "ep2", "dp2+zero2", "tp2cp2", "tp2pp2ep2")],
         *[("clusters", layout) for layout in ("tp2+sp", "cp2", "dp2+zero2")],
-        *[("pooled by query blocks", layout) for layout in ("tp2", "dp2")],
+        *[("pooled by query blocks", layout) for layout in ("tp2", "dp2", "cp2", "tp2cp2")],
+        ("clusters by query blocks", "cp2"),
         *[("strided", layout) for layout in ("tp2+sp", "cp2", "pp2ep2")],
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
 import torch
 
 PATH = Path(__file__).parent.parent / "tools" / "bench" / "recall.py"
@@ -15,23 +16,32 @@ recall = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(recall)
 
 
-def test_answers_are_the_values_that_the_sequence_binds_to_the_keys() -> None:
-    batch = next(recall.sequences(7, 3))
-    first_pair = 1 + recall.KEYS + recall.VALUES
+@pytest.mark.parametrize("seq", [length for length, _ in recall.LENGTHS])
+def test_answers_are_the_values_that_the_sequence_binds_to_the_keys(seq: int) -> None:
+    batch = recall.draw(torch.Generator().manual_seed(7), 3, seq)
+    first_value, queries = 1 + recall.KEYS, recall.QUERIES * seq // recall.SEQ
     for tokens, labels, scored in zip(batch.tokens, batch.labels, batch.loss_mask, strict=True):
-        pairs = (tokens[tokens >= first_pair] - first_pair).unique()
-        bound = {int(pair) // recall.VALUES: int(pair) % recall.VALUES for pair in pairs}
-        assert len(bound) == len(pairs) == recall.KEYS, "each key has one value"
-        places = scored.nonzero().flatten()
-        assert places.equal(torch.arange(recall.QUERIES, recall.SEQ))
-        for token, label in zip(tokens[places], labels[places], strict=True):
-            assert int(label) - 1 - recall.KEYS == bound[int(token) - 1]
+        places = ((tokens > 0) & (tokens < first_value)).nonzero().flatten()
+        places = places[places < queries]
+        bound = dict(zip(tokens[places].tolist(), tokens[places + 1].tolist(), strict=True))
+        assert len(bound) == len(places) == min(recall.KEYS, seq // 18), "each key has one value"
+        assert all(first_value <= value < recall.VOCAB for value in bound.values())
+        assert places.min() >= recall.FIRST * seq // recall.SEQ
+        assert places.max() < recall.LAST * seq // recall.SEQ - 1
+        assert scored.nonzero().flatten().equal(torch.arange(queries, seq))
+        asked = zip(tokens[queries:].tolist(), labels[queries:].tolist(), strict=True)
+        assert all(label == bound[token] for token, label in asked)
 
 
 def test_sequences_depend_on_the_seed_alone() -> None:
-    first, again, other = (next(recall.sequences(seed, 2)).tokens for seed in (1, 1, 2))
+    first, again, other = (next(recall.sequences(seed, 2, 100)).tokens for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_sequences_become_longer_and_batches_stay_as_large() -> None:
+    shapes = [tuple(batch.tokens.shape) for batch in recall.sequences(1, 1, 20)]
+    assert shapes == [(16, 72)] * 6 + [(8, 144)] * 2 + [(4, 288)] * 2 + [(1, 1152)] * 10
 
 
 def test_no_local_window_reaches_or_relays_a_pair() -> None:

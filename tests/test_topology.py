@@ -173,11 +173,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {"model.sparse_attention": BY_QUERY_BLOCKS},
         "query_block_size=5 does not divide data.seq_length=24 / (2 * ",
     ),
-    (
-        "cp2",
-        {"model.sparse_attention": {**BY_QUERY_BLOCKS, "selector": "pooled", "blocks": 4, "query_block_size": 2}},
-        "cp=2 needs model.sparse_attention.query_block_size=1, not 2",
-    ),
     ("cp2", {"model.sparse_attention": {**BY_QUERY_BLOCKS, "query_block_size": 3}}, None),
     ("ep2", DENSE, "ep=2 needs model.moe: a dense model has no experts"),
     ("ep3", {}, "model.moe.num_experts=8 is not divisible by ep=3"),

@@ -78,19 +78,29 @@ class CoreAttention(MegatronModule):
             elif self.context_parallel == 1:
                 output = self._attend(queries, keys, values, attention_mask, 0)
             else:
-                part = seq // 2
-                rank = dist.get_rank(self.cp_group)
-                starts = [rank * part, (2 * self.context_parallel - 1 - rank) * part]
-                output = torch.cat(
-                    [
-                        self._attend(q, keys[:, :, : start + part], values[:, :, : start + part], attention_mask, start)
-                        for q, start in zip(queries.chunk(2, 2), starts, strict=True)
-                    ],
-                    2,
-                )
+                part, rank = seq // 2, dist.get_rank(self.cp_group)
+                starts = (rank * part, (2 * self.context_parallel - 1 - rank) * part)
+                parts = zip(queries.chunk(2, 2), self._before(queries), starts, strict=True)
+                outputs = [
+                    self._attend(q, keys[:, :, : start + part], values[:, :, : start + part], attention_mask, start, b)
+                    for q, b, start in parts
+                ]
+                output = torch.cat(outputs, 2)
         return output.permute(2, 0, 1, 3).reshape(seq, batch, -1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, start: int) -> Tensor:
+    def _before(self, queries: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Under context parallelism, what each of this rank's two parts has to know of the queries before it."""
+        return None, None
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        document_ids: Tensor | None,
+        start: int,
+        before: Tensor | None = None,
+    ) -> Tensor:
         """Queries [batch, heads, n, head_dim] of positions ``start`` .. start + n, keys of positions 0 .. start + n."""
         mask: Any = None
         if document_ids is not None:

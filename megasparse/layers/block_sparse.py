@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
@@ -45,8 +46,32 @@ class BlockSparseAttention(CoreAttention):
         self.gate = AttentionGate(config, local_heads, group, sparse.gate_dim) if sparse.selector == "gate" else None
         self.centroids = Centroids(config, local_heads, sparse.clusters) if sparse.selector == "clusters" else None
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, start: int) -> Tensor:
-        return self._attend_selected((query, key, value), document_ids, start)
+    def _before(self, queries: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What chooses for the first query block of each part: the mean query of the block before (selectors.py),
+        float32 [batch, kv_heads, head_dim]. Another rank may have it; the sequence's first block has none."""
+        if self.query_block_size == 1 or not self.sparse.chooses:
+            return None, None
+        kv_heads = self.kv_heads // self.config.tensor_model_parallel_size
+        last = [
+            selectors.mean_queries(self.grid, q[:, :, -self.query_block_size :].transpose(1, 2), kv_heads)[:, :, 0]
+            for q in queries.chunk(2, 2)
+        ]
+        ranks, rank = self.context_parallel, dist.get_rank(self.cp_group)
+        gathered = torch.empty(2 * ranks, *last[0].shape, device=queries.device)
+        dist.all_gather_into_tensor(gathered, torch.stack(last), group=self.cp_group)
+        parts = [*gathered[0::2], *gathered[1::2].flip(0)]  # rank r has part r and part 2 * ranks - 1 - r
+        return parts[rank - 1] if rank > 0 else None, parts[2 * ranks - 2 - rank]
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        document_ids: Tensor | None,
+        start: int,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        return self._attend_selected((query, key, value), document_ids, start, before=before)
 
     def _attend_selected(
         self,
@@ -54,6 +79,7 @@ class BlockSparseAttention(CoreAttention):
         document_ids: Tensor | None,
         start: int,
         score: Score | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
         """``_attend`` of (query, key, value). ``score``: of blocks, where the selector has none of its own."""
         query, key, value = tensors
@@ -63,7 +89,7 @@ class BlockSparseAttention(CoreAttention):
             output = super()._attend(query, key, value, document_ids, start)
             return self._learn_clusters(output, q, k)
         gated = self.gate(q, k, self.grid.block_size) if self.gate is not None else None
-        score = score or self.score(q, k, gated)
+        score = score or self.score(q, k, gated, before)
         mask = self.select(q, k, self.grid.blocks(k.shape[1]) if budget is None else budget, score)
         first, last = self.grid.own(q.shape[1], start, k.device)
         documents = None if document_ids is None else document_ids[:, : k.shape[1]]
@@ -75,9 +101,8 @@ class BlockSparseAttention(CoreAttention):
             self._observe(q, k, mask, score, documents)
         if self.training and gated is not None:
             mass = block_mass(q, k, lse, mask, scale=self.scale, document_ids=documents)
-            scores = torch.einsum("bhqd,bhkd->bhqk", *gated)
             share = len(q) * self.kv_heads * self._seq(q.shape[1], k.shape[1])
-            loss = gate_loss(scores, mask, mass, first) / share
+            loss = gate_loss(*gated, mask, mass, first) / share
             output = self._add_loss(output, "gate_loss", loss, self.sparse.gate_loss_coefficient)
         return self._learn_clusters(output.transpose(1, 2), q, k)
 
@@ -120,15 +145,17 @@ class BlockSparseAttention(CoreAttention):
             return output
         return MoEAuxLossAutoScaler.apply(output, loss * (coefficient * scale))
 
-    def score(self, q: Tensor, k: Tensor, gated: tuple[Tensor, Tensor] | None = None) -> Score | None:
+    def score(
+        self, q: Tensor, k: Tensor, gated: tuple[Tensor, Tensor] | None = None, before: Tensor | None = None
+    ) -> Score | None:
         """How the selector scores blocks: queries [batch, seq, heads, head_dim], the last ones of keys [batch, keys,
-        kv_heads, head_dim]. None: its pattern is fixed. gated: what the gate makes of q and k."""
+        kv_heads, head_dim]. None: its pattern is fixed. gated: what the gate makes of q and k. before: see _before."""
         match self.sparse.selector:
             case "pooled":
-                return selectors.pooled(self.grid, q, k)
+                return selectors.pooled(self.grid, q, k, before)
             case "clusters":
                 assert self.centroids is not None
-                return selectors.clusters(self.grid, q, k, self.centroids())
+                return selectors.clusters(self.grid, q, k, self.centroids(), before)
             case "gate":
                 assert gated is not None
                 return selectors.product(*gated)

@@ -16,7 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from megasparse.layers.selectors import CHUNK
 from megasparse.ops.block_sparse import BlockMask
 
 
@@ -52,15 +54,45 @@ def pooled_keys(k: Tensor, size: int) -> Tensor:
     return torch.cat([blocks.amax(2), blocks.amin(2), blocks.mean(2)], -1)
 
 
-def gate_loss(scores: Tensor, mask: BlockMask, mass: Tensor, first: Tensor) -> Tensor:
-    """sum over lists of KL(target || softmax(scores)), over the listed blocks that lie before the query's own.
+def gate_loss(queries: Tensor, keys: Tensor, mask: BlockMask, mass: Tensor, first: Tensor) -> Tensor:
+    """sum over lists of KL(target || softmax(queries keys^T)), over the listed blocks that lie before the query's own.
 
-    scores [batch, kv_heads, queries, k_blocks]; mass: ops.block_sparse.block_mass of the mask, which is normed to the
-    target; first [queries]: the own block of each query.
+    queries [batch, kv_heads, seq, gate_dim], keys [batch, kv_heads, k_blocks, gate_dim]; mass: ops.block_sparse.
+    block_mass of the mask, which is normed to the target; first [seq]: the own block of each query. No more than
+    selectors.CHUNK scores are in memory at once.
     """
-    whole = mask.listed() & (mask.index < first.unsqueeze(-1))
-    mass = mass.where(whole, 0)
-    total = mass.sum(-1, keepdim=True)
-    target = mass / total.clamp(min=torch.finfo(mass.dtype).tiny)
-    chosen = scores.gather(-1, mask.index.long()).masked_fill(~whole, torch.finfo(scores.dtype).min)
-    return (torch.xlogy(target, target) - target * chosen.log_softmax(-1)).where(whole, 0).sum()
+    return _Divergence.apply(queries, keys, mask, mass, first)  # type: ignore[no-any-return]
+
+
+class _Divergence(torch.autograd.Function):
+    """The gradient of a score is softmax - target: that of queries and keys is made with the loss, and nothing of the
+    size of the scores is kept."""
+
+    @staticmethod
+    def forward(ctx, queries: Tensor, keys: Tensor, mask: BlockMask, mass: Tensor, first: Tensor) -> Tensor:
+        batch, heads, seq, _ = queries.shape
+        loss, dqueries, dkeys = queries.new_zeros(()), torch.empty_like(queries), torch.zeros_like(keys)
+        step = max(1, CHUNK // (batch * heads * keys.shape[2]))
+        listed = mask.listed()
+        for part in (slice(start, start + step) for start in range(0, seq, step)):
+            some, index = queries[:, :, part], mask.index[:, :, part].long()
+            before = listed[:, :, part] & (index < first[part].unsqueeze(-1))
+            held = mass[:, :, part].where(before, 0)
+            target = held / held.sum(-1, keepdim=True).clamp(min=torch.finfo(held.dtype).tiny)
+            scores = some @ keys.mT
+            logs = scores.gather(-1, index).masked_fill(~before, torch.finfo(scores.dtype).min).log_softmax(-1)
+            loss += (torch.xlogy(target, target) - target * logs).where(before, 0).sum()
+            if any(ctx.needs_input_grad[:2]):
+                # A list without attention has no target, and no gradient.
+                difference = (logs.exp() * target.sum(-1, keepdim=True) - target).where(before, 0)
+                dscores = torch.zeros_like(scores).scatter_add_(-1, index, difference.to(scores.dtype))
+                dqueries[:, :, part] = dscores @ keys
+                dkeys += dscores.mT @ some
+        ctx.save_for_backward(dqueries, dkeys)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor):
+        dqueries, dkeys = ctx.saved_tensors
+        return dloss * dqueries, dloss * dkeys, None, None, None

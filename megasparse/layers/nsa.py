@@ -62,10 +62,9 @@ class Branches(SelfAttention):
         query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         others, _ = self.linear_branches(hidden_states)
         window, compressed, *values = others.unflatten(-1, (key.shape[2], 4, -1)).unbind(3)
-        keys = [window, compressed]
         if self.k_layernorm is not None:
-            keys = [self.k_layernorm(x) for x in keys]
-        return query, torch.cat([key, *keys], 2), torch.cat([value, *values], 2)
+            window = self.k_layernorm(window)  # compressed keys are normed when they are compressed
+        return query, torch.cat([key, window, compressed], 2), torch.cat([value, *values], 2)
 
 
 class PostNormBranches(Branches, PostNormSelfAttention):
@@ -73,10 +72,14 @@ class PostNormBranches(Branches, PostNormSelfAttention):
 
 
 class NativeSparseAttention(BlockSparseAttention):
-    """The three branches over what ``Branches`` gives."""
+    """The three branches over what ``Branches`` gives. norm_keys: compressed keys are scaled to a root mean square of
+    1, as QK-norm scales the others: the mean of normed keys that differ is short, and attention to it flat."""
 
-    def __init__(self, config: Any, *args: Any, sparse: SparseAttention, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, *args: Any, sparse: SparseAttention, norm_keys: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(config, *args, sparse=sparse, **kwargs)
+        self.norm_epsilon = config.layernorm_epsilon if norm_keys else None
         heads = self.kv_heads // config.tensor_model_parallel_size
         self.compress_key = Compression(config, heads, sparse)
         self.compress_value = Compression(config, heads, sparse)
@@ -94,6 +97,8 @@ class NativeSparseAttention(BlockSparseAttention):
         keys, values = key.chunk(3, 1), value.chunk(3, 1)
         documents = None if document_ids is None else document_ids[:, : key.shape[2]]
         compressed = self.compress_key(keys[2])
+        if self.norm_epsilon is not None:
+            compressed = F.rms_norm(compressed, compressed.shape[-1:], eps=self.norm_epsilon)
         visible = self._visible(compressed.shape[2], start, query.shape[2], documents, key.device)
         score = importance(query, compressed, visible, self.scale, self.sparse, self.grid.blocks(key.shape[2]))
         outputs = [

@@ -92,12 +92,12 @@ def strided(
     return BlockMask.from_dense(dense.expand(batch, -1, -1, -1), grid.block_size, grid.query_block_size)
 
 
-def pooled(grid: Grid, q: Tensor, k: Tensor) -> Score:
+def pooled(grid: Grid, q: Tensor, k: Tensor, before: Tensor | None = None) -> Score:
     """score(t, j) = sum over the group's heads of <q_t, mean of block j's keys> / sqrt(head_dim).
 
-    q [batch, seq, heads, head_dim], k [batch, keys, kv_heads, head_dim].
+    q [batch, seq, heads, head_dim], k [batch, keys, kv_heads, head_dim]; before: see choosers.
     """
-    queries = grouped_queries(grid, q, k.shape[2]) / math.sqrt(q.shape[-1])
+    queries = choosers(grid, q, k.shape[2], before) / math.sqrt(q.shape[-1])
     return product(queries, mean_by_block(k, grid.block_size))
 
 
@@ -106,10 +106,10 @@ def product(queries: Tensor, keys: Tensor) -> Score:
     return lambda part: torch.einsum("bhqd,bhkd->bhqk", queries[:, :, part], keys)
 
 
-def clusters(grid: Grid, q: Tensor, k: Tensor, centroids: Tensor) -> Score:
+def clusters(grid: Grid, q: Tensor, k: Tensor, centroids: Tensor, before: Tensor | None = None) -> Score:
     """score(t, j) = keys of block j whose nearest centroid is the query's. centroids: [kv_heads, clusters, head_dim] of
     length 1, nearest in angle."""
-    queries = grouped_queries(grid, q, k.shape[2])
+    queries = choosers(grid, q, k.shape[2], before)
     assigned = nearest(k.transpose(1, 2), centroids)  # [batch, kv_heads, keys]
     members = F.one_hot(assigned, centroids.shape[1]).float().transpose(1, 2)
     counts = mean_by_block(members, grid.block_size)
@@ -128,16 +128,23 @@ def nearest(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def grouped_queries(grid: Grid, q: Tensor, kv_heads: int) -> Tensor:
+def choosers(grid: Grid, q: Tensor, kv_heads: int, before: Tensor | None = None) -> Tensor:
     """Who scores for each query block: [batch, seq, heads, head_dim] -> float32 [batch, kv_heads, q_blocks, head_dim].
 
-    The sum over the group's heads: of the query itself, or of the mean query of the block before; zeros for the first.
+    The query itself, or the mean query of the block before, summed over the group's heads. The first block of queries
+    has ``before`` [batch, kv_heads, head_dim], the mean of those right before q; None: zeros.
     """
-    summed = q.float().unflatten(2, (kv_heads, -1)).sum(3)
+    means = mean_queries(grid, q, kv_heads)
     if grid.query_block_size == 1:
-        return summed.transpose(1, 2)
-    means = mean_by_block(summed, grid.query_block_size)
-    return F.pad(means, (0, 0, 1, 0))[:, :, :-1]
+        return means
+    first = torch.zeros_like(means[:, :, 0]) if before is None else before
+    return torch.cat([first.unsqueeze(2), means[:, :, :-1]], 2)
+
+
+@torch.no_grad()
+def mean_queries(grid: Grid, q: Tensor, kv_heads: int) -> Tensor:
+    """Of each query block, summed over the group's heads: float32 [batch, kv_heads, q_blocks, head_dim]."""
+    return mean_by_block(q.float().unflatten(2, (kv_heads, -1)).sum(3), grid.query_block_size)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megasparse.layers.block_sparse import BlockSparseAttention
 from megasparse.layers.gate import AttentionGate, gate_loss, pooled_keys
-from megasparse.layers.selectors import Grid
+from megasparse.layers.selectors import CHUNK, Grid
 from megasparse.layers.step import StepState
 from megasparse.ops.block_sparse import BlockMask, block_mass, block_sparse_attention
 from tests.helpers import assert_close
@@ -59,18 +59,24 @@ def test_pooled_keys_of_a_ragged_sequence() -> None:
     assert pooled_keys(k, 16).shape == (2, 2, KV_HEADS, 3 * DIM)
 
 
-def test_loss_and_its_gradient_one_list_at_a_time() -> None:
-    """KL over the listed blocks before the own one; its gradient is softmax - target."""
+@pytest.mark.parametrize("chunk", [CHUNK, 100])
+def test_loss_and_its_gradients_one_list_at_a_time(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KL over the listed blocks before the own one; the gradient of a score is softmax - target. All queries at once
+    and some at a time."""
+    monkeypatch.setattr("megasparse.layers.gate.CHUNK", chunk)
     random = torch.Generator().manual_seed(2)
     dense = torch.rand(2, KV_HEADS, 32, 4, generator=random) < 0.7
     dense[0, 0, 31] = False
     mask = BlockMask.from_dense(dense, 8, 1)
-    scores = torch.randn(dense.shape, generator=random, dtype=torch.float64).requires_grad_()
+    queries, keys = (
+        torch.randn(2, KV_HEADS, n, GATE_DIM, generator=random, dtype=torch.float64).requires_grad_() for n in (32, 4)
+    )
+    scores = (queries @ keys.mT).detach()
     mass = torch.rand(mask.index.shape, generator=random, dtype=torch.float64).where(mask.listed(), 0)
     mass[0, 1, 30] = 0.0  # no attention to any of them
     first, _ = Grid(8, 1).own(32, 0, torch.device("cpu"))
-    loss = gate_loss(scores, mask, mass, first)
-    (gradient,) = torch.autograd.grad(loss, scores)
+    loss = gate_loss(queries, keys, mask, mass, first)
+    gradients = torch.autograd.grad(3 * loss, (queries, keys))
     total, expected = 0.0, torch.zeros_like(scores)
     for b, h, t in torch.cartesian_prod(torch.arange(2), torch.arange(KV_HEADS), torch.arange(32)).tolist():
         entries = [e for e in range(int(mask.count[b, h, t])) if mask.index[b, h, t, e] < t // 8]
@@ -78,11 +84,13 @@ def test_loss_and_its_gradient_one_list_at_a_time() -> None:
         target = mass[b, h, t, entries]
         if not blocks or target.sum() == 0:
             continue
-        target, predicted = target / target.sum(), scores.detach()[b, h, t, blocks].softmax(0)
+        target, predicted = target / target.sum(), scores[b, h, t, blocks].softmax(0)
         total += (target * (target / predicted).log()).sum().item()
         expected[b, h, t, blocks] = predicted - target
     assert loss.item() == pytest.approx(total, rel=1e-9)
-    assert_close(gradient, expected, 1e-9)
+    assert_close(gradients, (3 * expected @ keys, 3 * expected.mT @ queries), 1e-9)
+    with torch.no_grad():
+        assert gate_loss(queries, keys, mask, mass, first) == loss
 
 
 def test_it_learns_to_find_what_attention_finds(monkeypatch: pytest.MonkeyPatch) -> None:

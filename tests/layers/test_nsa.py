@@ -16,9 +16,12 @@ from megasparse.config import SparseAttention
 from megasparse.layers.attention import CoreAttention
 from megasparse.layers.nsa import Compression, NativeSparseAttention, importance
 from megasparse.layers.step import StepState
-from tests.helpers import assert_close
+from megasparse.model import build_model
+from tests import small
+from tests.helpers import assert_close, relative_error, run_distributed
 
 HEADS, KV_HEADS, DIM, GROUP = 4, 2, 8, 2
+EPSILON = 1e-3
 SIZE, STRIDE, BLOCK, WINDOW, BLOCKS = 8, 4, 8, 3, 5
 OPTIONS: dict[str, Any] = {
     **{"selector": "nsa", "block_size": BLOCK, "blocks": BLOCKS, "window_blocks": WINDOW},
@@ -26,10 +29,10 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def made(state: StepState | None = None, **options: Any) -> NativeSparseAttention:
+def made(state: StepState | None = None, norm_keys: bool = False, **options: Any) -> NativeSparseAttention:
     config: Any = SimpleNamespace(
         **{"kv_channels": DIM, "num_attention_heads": HEADS, "params_dtype": torch.float64, "attention_dropout": 0.0},
-        **{"context_parallel_size": 1, "tensor_model_parallel_size": 1},
+        **{"context_parallel_size": 1, "tensor_model_parallel_size": 1, "layernorm_epsilon": EPSILON},
     )
     layer = NativeSparseAttention(
         config,
@@ -40,6 +43,7 @@ def made(state: StepState | None = None, **options: Any) -> NativeSparseAttentio
         state=state or StepState(),
         tp_rank=0,
         kv_heads=KV_HEADS,
+        norm_keys=norm_keys,
     )
     torch.manual_seed(0)
     for weight in layer.parameters():
@@ -69,7 +73,9 @@ def softmax_attention(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> tu
     return weights @ torch.stack(values), weights
 
 
-def reference(layer: NativeSparseAttention, inputs: Any, documents: Tensor | None, sparse: bool) -> Tensor:
+def reference(
+    layer: NativeSparseAttention, inputs: Any, documents: Tensor | None, sparse: bool, normed: bool = False
+) -> Tensor:
     query, key, value, gates = inputs
     seq, batch = query.shape[:2]
     keys, values = key.chunk(3, 2), value.chunk(3, 2)
@@ -81,6 +87,8 @@ def reference(layer: NativeSparseAttention, inputs: Any, documents: Tensor | Non
                 [compress(c, x[:, b, h], h, i) for i in range((seq - SIZE) // STRIDE + 1)]
                 for c, x in ((layer.compress_key, keys[2]), (layer.compress_value, values[2]))
             ]
+            if normed:
+                coarse[0] = [key / (key.square().mean() + EPSILON).sqrt() for key in coarse[0]]
             for t in range(seq):
                 heads = range(h * GROUP, (h + 1) * GROUP)
                 seen = [i for i in range(len(coarse[0])) if i * STRIDE + SIZE <= t + 1 and doc[i * STRIDE] == doc[t]]
@@ -120,16 +128,21 @@ def reference(layer: NativeSparseAttention, inputs: Any, documents: Tensor | Non
     return output
 
 
-@pytest.mark.parametrize("phase", ["sparse", "dense"])
-@pytest.mark.parametrize("documents", [False, True])
-def test_against_the_equations(documents: bool, phase: str) -> None:
+@pytest.mark.parametrize(
+    ("phase", "documents", "normed"),
+    [
+        *((phase, documents, False) for phase in ("sparse", "dense") for documents in (False, True)),
+        ("sparse", True, True),
+    ],
+)
+def test_against_the_equations(documents: bool, phase: str, normed: bool) -> None:
     """Output and the gradients of every input and weight; in a dense phase the selected branch sees all blocks."""
     state = StepState(progress=0.1)
-    layer = made(state, dense_start=0.2 if phase == "dense" else 0.0)
+    layer = made(state, normed, dense_start=0.2 if phase == "dense" else 0.0)
     ids = (torch.arange(75) // 29).expand(2, -1) if documents else None
     inputs = tensors()
     output = layer(*inputs[:3], ids, attention_bias=inputs[3])
-    expected = reference(layer, inputs, ids, phase == "sparse")
+    expected = reference(layer, inputs, ids, phase == "sparse", normed)
 
     assert_close(output, expected, 1e-12)
     wanted = [*inputs, *layer.parameters()]
@@ -208,3 +221,25 @@ def test_dense_core_attention_is_its_dense_phase() -> None:
     dense = CoreAttention(layer.config, 1, AttnMaskType.causal, "self")
     expected = dense(query, key[:, :, :KV_HEADS], value[:, :, :KV_HEADS], None)
     assert_close(layer(query, key, value, None, attention_bias=gates), expected, 1e-12)
+
+
+def change_by_larger_compressed_keys(qk_norm: str) -> float:
+    """How much a model's output changes when the keys of the compressed branch, whose MLP begins as zeros, grow."""
+    sparse = {**OPTIONS, "block_size": 4, "compression_size": 4, "compression_stride": 2, "blocks": 4}
+    recipe = small.recipe({"sparse_attention": sparse, "qk_norm": qk_norm, "init_std": 0.5, "norm_epsilon": 1e-12})
+    chunks, _ = build_model(recipe, small.start(recipe), small.VOCAB)
+    chunk: Any = chunks[0]
+    batch = small.batches(recipe, 0)[0]
+    before = chunk(batch.tokens, batch.position_ids, None)
+    for layer in chunk.decoder.layers:
+        weight = layer.self_attention.linear_branches.weight
+        weight.data.view(recipe.model.kv_heads, 4, recipe.model.head_size, -1)[:, 1] *= 8  # window, compressed, values
+    return relative_error(chunk(batch.tokens, batch.position_ids, None), before)
+
+
+def test_with_qk_norm_the_size_of_compressed_keys_does_not_count() -> None:
+    none, head, full = (
+        run_distributed(change_by_larger_compressed_keys, 1, norm)[0] for norm in ("none", "head", "full")
+    )
+    assert max(head, full) < 1e-6
+    assert none > 1e-3
