@@ -102,7 +102,7 @@ class BlockSparseAttention(CoreAttention):
         if self.training and gated is not None:
             mass = block_mass(q, k, lse, mask, scale=self.scale, document_ids=documents)
             share = len(q) * self.kv_heads * self._seq(q.shape[1], k.shape[1])
-            loss = gate_loss(*gated, mask, mass, first) / share
+            loss = gate_loss(gated[0], gated[1], mask, mass, first) / share
             output = self._add_loss(output, "gate_loss", loss, self.sparse.gate_loss_coefficient)
         return self._learn_clusters(output.transpose(1, 2), q, k)
 

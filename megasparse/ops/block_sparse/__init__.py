@@ -8,6 +8,7 @@ triton.py   the same on CUDA; triton_mass.py for block_mass
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -42,11 +43,12 @@ def block_sparse_attention(
 
     Returns [batch, seq, heads, head_dim]; with return_lse also log(sum(exp(logits))) [batch, seq, heads], float32 or
     float64. A query that sees no key gets zeros, -inf, and no gradient. Differentiable in q, k, v, block_bias, through
-    both outputs. Raises ValueError for shapes that do not fit.
+    both outputs. Raises ValueError for shapes that do not fit; on CPU also for a list that names a block twice, or one
+    that is not there.
 
     backend: "cpu", "triton" (CUDA, or CPU tensors in Triton's interpreter), "naive", or "auto": by the device of q.
     """
-    _check(q, k, v, mask, document_ids, block_bias)
+    mask = _check(q, k, v, mask, document_ids, block_bias)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if backend == "auto":
         backend = "cpu" if q.device.type == "cpu" else "triton"
@@ -85,7 +87,7 @@ def block_mass(
     q_blocks, max_blocks], float32 or float64, in the places of mask.index, zero after a list's end. Not differentiable.
     backend: as in block_sparse_attention.
     """
-    _check(q, k, k, mask, document_ids, None)
+    mask = _check(q, k, k, mask, document_ids, None)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse {list(lse.shape)} must be [batch, seq, heads] = {list(q.shape[:3])}")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -107,7 +109,8 @@ def block_mass(
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, document_ids: Tensor | None, block_bias: Tensor | None
-) -> None:
+) -> BlockMask:
+    """The mask, with the key blocks that k has."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q {list(q.shape)} must be [batch, seq, heads, head_dim], k {list(k.shape)} and v {list(v.shape)} "
@@ -120,14 +123,20 @@ def _check(
     if queries > keys:
         raise ValueError(f"q has {queries} positions, more than the {keys} of k and v")
     blocks = (batch, kv_heads, math.ceil(queries / mask.query_block_size), math.ceil(keys / mask.block_size))
+    if mask.num_key_blocks == math.ceil(blocks[2] * mask.query_block_size / mask.block_size):
+        # Made from lists alone: as many key blocks as whole query blocks would fill, where the last one is ragged.
+        mask = dataclasses.replace(mask, num_key_blocks=blocks[3])
     if (*mask.count.shape, mask.num_key_blocks) != blocks:
         raise ValueError(
             f"mask of {[*mask.count.shape, mask.num_key_blocks]} [batch, kv_heads, q_blocks, k_blocks] does not fit q "
             f"{list(q.shape)} and k {list(k.shape)} in blocks of {mask.query_block_size} and {mask.block_size}: "
             f"it must be {list(blocks)}"
         )
-    if document_ids is not None and document_ids.shape != (batch, keys):
-        raise ValueError(f"document_ids {list(document_ids.shape)} must be [batch, keys] = {[batch, keys]}")
+    if document_ids is not None and (document_ids.shape != (batch, keys) or document_ids.is_floating_point()):
+        raise ValueError(
+            f"document_ids is {document_ids.dtype} {list(document_ids.shape)}: must be integers [batch, keys] = "
+            f"{[batch, keys]}"
+        )
     if block_bias is not None and block_bias.shape != blocks:
         raise ValueError(f"block_bias {list(block_bias.shape)} must be {list(blocks)}")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (
@@ -137,3 +146,4 @@ def _check(
         torch.float64,
     ):
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: they must be of one float type")
+    return mask

@@ -22,7 +22,7 @@ class BlockMask:
     index: Tensor
     block_size: int
     query_block_size: int
-    num_key_blocks: int = 0  # 0: as many as the query blocks' tokens fill
+    num_key_blocks: int = 0  # 0: as many as whole query blocks' tokens fill
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.query_block_size < 1:
@@ -59,7 +59,8 @@ class BlockMask:
         order = torch.sort(keep.logical_not().to(torch.uint8), stable=True, dim=-1).indices[..., :longest]
         packed = index.gather(-1, order).to(torch.int32)
         packed = packed.masked_fill(torch.arange(longest, device=packed.device) >= count.unsqueeze(-1), 0)
-        return BlockMask(count, packed, block_size, query_block_size or block_size, num_key_blocks)
+        query_block_size = block_size if query_block_size is None else query_block_size
+        return BlockMask(count, packed, block_size, query_block_size, num_key_blocks)
 
     def listed(self) -> Tensor:
         """bool [batch, kv_heads, q_blocks, max_blocks]: which entries of ``index`` mean something."""

@@ -133,6 +133,26 @@ struct Lists {
   int64_t longest;
   explicit Lists(const Tensor& count_, const Tensor& index_)
       : count(pointer<int32_t>(count_)), index(pointer<int32_t>(index_)), longest(index_.size(-1)) {}
+
+  // A list that is too long, or names a block that is not there or is named already, would be read as other memory.
+  void check(const Problem& p) const {
+    std::vector<int64_t> named(p.k_blocks, -1);
+    for (int64_t task = 0; task < p.heads * p.q_blocks; ++task) {
+      int64_t head = task / p.q_blocks;
+      auto where = [&] {
+        return c10::str("mask: the list of batch ", head / p.kv_heads, ", K/V head ", head % p.kv_heads, ", query block ",
+                        task % p.q_blocks);
+      };
+      TORCH_CHECK_VALUE(count[task] >= 0 && count[task] <= longest, where(), " has count ", count[task],
+                        " and room for ", longest);
+      for (int32_t i = 0; i < count[task]; ++i) {
+        int32_t kb = index[task * longest + i];
+        TORCH_CHECK_VALUE(kb >= 0 && kb < p.k_blocks, where(), " names key block ", kb, " of ", p.k_blocks);
+        TORCH_CHECK_VALUE(named[kb] != task, where(), " names key block ", kb, " twice");
+        named[kb] = task;
+      }
+    }
+  }
 };
 
 // One tile's logits [rows, block]: the queries from ``first`` of query block qb, key block kb.
@@ -334,9 +354,11 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
                                   const std::optional<Tensor>& documents) {
   Tensor out = at::zeros_like(q), lse = at::empty(q.sizes().slice(0, 3), q.options());
   Problem p = problem(q, k, kv_heads, query_block, queries, keys, causal, documents);
+  Lists lists(count, index);
+  lists.check(p);
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "block_sparse_attend", [&] {
     using T = scalar_t;
-    forward(p, Lists(count, index), pointer<T>(q), pointer<T>(kt), pointer<T>(v),
+    forward(p, lists, pointer<T>(q), pointer<T>(kt), pointer<T>(v),
             pointer<T>(bias), out.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>());
   });
   return {out, lse};
@@ -369,9 +391,11 @@ Tensor block_mass(const Tensor& q, const Tensor& k, const Tensor& kt, const Tens
                   const std::optional<Tensor>& documents) {
   Tensor mass = at::zeros_like(index, q.options());
   Problem p = problem(q, k, kv_heads, query_block, queries, keys, causal, documents);
+  Lists lists(count, index);
+  lists.check(p);
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "block_sparse_block_mass", [&] {
     using T = scalar_t;
-    masses(p, Lists(count, index), pointer<T>(q), pointer<T>(kt), pointer<T>(lse), mass.mutable_data_ptr<T>());
+    masses(p, lists, pointer<T>(q), pointer<T>(kt), pointer<T>(lse), mass.mutable_data_ptr<T>());
   });
   return mass;
 }

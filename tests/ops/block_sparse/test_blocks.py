@@ -82,5 +82,7 @@ def test_what_is_no_mask(change: dict, error: str) -> None:
     BlockMask(**fields)
     with pytest.raises(ValueError, match=error):
         BlockMask(**{**fields, **change})
+    with pytest.raises(ValueError, match="query_block_size=0"):
+        BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), 8, 0)
     with pytest.raises(ValueError, match="must be bool"):
         BlockMask.from_dense(torch.ones(2, 2), 8)

@@ -114,6 +114,16 @@ def test_the_order_of_a_list_changes_only_rounding() -> None:
     assert_close(results("cpu", q, k, v, turned), results("cpu", q, k, v, mask), 1e-12)
 
 
+@pytest.mark.parametrize("backend", ["naive", "cpu"])
+def test_a_mask_made_of_lists_alone_fits_a_ragged_sequence(backend: str) -> None:
+    """Two blocks of 32 queries could reach into four blocks of 16 keys; 35 tokens have three."""
+    q, k, v = tensors(1, 35, 35, 4, 2, 8)
+    mask = random_mask(q, k, 16, 32)
+    alone = BlockMask(mask.count, mask.index, 16, 32)
+    assert (alone.num_key_blocks, mask.num_key_blocks) == (4, 3)
+    assert_close(results(backend, q, k, v, alone), results(backend, q, k, v, mask), 1e-12)
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -165,6 +175,14 @@ def test_memory_is_linear() -> None:
     assert 3.5 < peaks[1] / peaks[0] < 4.5
 
 
+def changed_list(last: int, more: int) -> BlockMask:
+    """All of 2 key blocks for each of 2 query blocks, but for the last list: its last entry and its count."""
+    mask = BlockMask.from_dense(torch.ones(1, 2, 2, 2, dtype=torch.bool), 16)
+    mask.index[0, 1, 1, 1] = last
+    mask.count[0, 1, 1] += more
+    return mask
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -172,11 +190,17 @@ def test_memory_is_linear() -> None:
         ({"q": torch.zeros(1, 48, 4, 8)}, "more than the 32 of k and v"),
         ({"v": torch.zeros(1, 32, 2, 4)}, "must be"),
         ({"k": torch.zeros(1, 32, 2, 8, dtype=torch.float64)}, "of one float type"),
-        ({"document_ids": torch.zeros(1, 31)}, r"document_ids \[1, 31\] must be"),
+        ({"document_ids": torch.zeros(1, 31, dtype=torch.int32)}, r"document_ids is torch.int32 \[1, 31\]: must be"),
+        ({"document_ids": torch.zeros(1, 32)}, r"document_ids is torch.float32 \[1, 32\]: must be integers"),
         ({"block_bias": torch.zeros(1, 2, 2, 3)}, r"must be \[1, 2, 2, 2\]"),
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"mask": BlockMask.from_dense(torch.ones(1, 2, 2, 3, dtype=torch.bool), 16)}, "does not fit"),
         ({"mask": BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), 16)}, "does not fit"),
+        ({"mask": changed_list(2, 0)}, "batch 0, K/V head 1, query block 1 names key block 2 of 2"),
+        ({"mask": changed_list(-1, 0)}, "names key block -1 of 2"),
+        ({"mask": changed_list(0, 0)}, "names key block 0 twice"),
+        ({"mask": changed_list(1, 3)}, "has count 5 and room for 2"),
+        ({"mask": changed_list(1, -3)}, "has count -1 and room for 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], error: str) -> None:
