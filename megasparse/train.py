@@ -19,17 +19,10 @@ from megasparse.checkpoint.save import Saver
 from megasparse.config import Recipe
 from megasparse.data.loader import TrainingData, ValidationWindows
 from megasparse.engine import Engine, StepResult
+from megasparse.flops import flops_per_token, matmul_flops, parameter_count
 from megasparse.generate import generate
 from megasparse.layers.router import largest_load
-from megasparse.metrics import (
-    MetricsLogger,
-    flops_per_token,
-    matmul_flops,
-    parameter_count,
-    plot_loss,
-    read_metrics,
-    write_environment,
-)
+from megasparse.metrics import MetricsLogger, plot_loss, read_metrics, write_environment
 from megasparse.model import build_model
 from megasparse.schedule import learning_rate
 from megasparse.topology import Topology

@@ -19,7 +19,7 @@ LEVELS = [
     {"ops"},
     {"layers", "sparsity"},
     {"model"},
-    {"engine", "data", "metrics", "checkpoint", "generate"},
+    {"engine", "data", "metrics", "flops", "checkpoint", "generate"},
     {"processes"},
     {"train", "verify"},
     {"cli"},
