@@ -142,6 +142,23 @@ def test_with_a_cache_the_last_queries_choose_as_in_training(name: str) -> None:
     assert torch.equal(SELECTORS[name](grid, q[:, 40:], k).to_dense(), whole[:, :, 40:])
 
 
+@pytest.mark.parametrize("name", ["pooled", "clusters"])
+def test_a_later_part_chooses_by_the_queries_before_it(name: str) -> None:
+    """Blocks of 8 queries from 40 on, given the mean query of 32 .. 40: lists as in the whole sequence."""
+    grid = Grid(4, 8, 2, 1)
+    q, k = tensors()
+    before = selectors.mean_queries(grid, q[:, 32:40], KV_HEADS)[:, :, 0]
+
+    def lists(queries: Tensor, before: Tensor | None) -> Tensor:
+        centroids = () if name == "pooled" else (CENTROIDS,)
+        score = getattr(selectors, name)(grid, queries, k, *centroids, before)
+        return selectors.choose(grid, score, queries, k, 6).to_dense()
+
+    whole = lists(q, None)
+    assert torch.equal(lists(q[:, 40:], before), whole[:, :, 5:])
+    assert not torch.equal(lists(q[:, 40:], None), whole[:, :, 5:])
+
+
 def test_scores_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory stays within CHUNK scores; the choice does not change."""
     q, k = tensors()

@@ -50,10 +50,10 @@ TOKENS_PER_PAIR = 18  # with a pair for every so many of them, up to KEYS
 BLOCK, BLOCKS = 16, 5  # a query sees 5 of up to 72 blocks of 16 keys: 13 % of the causal ones
 LAYERS = 2
 PHASES = {"dense_start": 0.45}
-BUDGET = {"blocks": BLOCKS, "block_size": BLOCK, "local_blocks": 2, "sink_blocks": 1, "ramp": 0.2, **PHASES}
+BUDGET = {"blocks": BLOCKS, "block_size": BLOCK, "local_blocks": 2, "sink_blocks": 0, "ramp": 0.2, **PHASES}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "dense": None,
-    "local": {"selector": "local", "block_size": BLOCK, "local_blocks": BLOCKS - 1, "sink_blocks": 1, **PHASES},
+    "local": {"selector": "local", "block_size": BLOCK, "local_blocks": BLOCKS, "sink_blocks": 0, **PHASES},
     "pooled": {"selector": "pooled", **BUDGET},
     "gate": {"selector": "gate", "gate_dim": 64, "gate_loss_coefficient": 1.0, **BUDGET},
     # Compressed keys learn while they are needed, so it begins sparse. 2 + 1 blocks and a 16th of the keys: 14 %.
@@ -178,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the numbers there")
