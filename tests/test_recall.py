@@ -19,15 +19,16 @@ SPEC.loader.exec_module(recall)
 @pytest.mark.parametrize("seq", [length for length, _ in recall.LENGTHS])
 def test_answers_are_the_values_that_the_sequence_binds_to_the_keys(seq: int) -> None:
     batch = recall.draw(torch.Generator().manual_seed(7), 3, seq)
-    first_value, queries = 1 + recall.KEYS, recall.QUERIES * seq // recall.SEQ
+    first_value, last = 1 + recall.KEYS, recall.LAST * seq // recall.SEQ
+    queries = recall.QUERIES if seq == recall.SEQ else last
     for tokens, labels, scored in zip(batch.tokens, batch.labels, batch.loss_mask, strict=True):
         places = ((tokens > 0) & (tokens < first_value)).nonzero().flatten()
         places = places[places < queries]
         bound = dict(zip(tokens[places].tolist(), tokens[places + 1].tolist(), strict=True))
-        assert len(bound) == len(places) == min(recall.KEYS, seq // 18), "each key has one value"
+        assert len(bound) == len(places) == min(recall.KEYS, seq // 9), "each key has one value"
         assert all(first_value <= value < recall.VOCAB for value in bound.values())
         assert places.min() >= recall.FIRST * seq // recall.SEQ
-        assert places.max() < recall.LAST * seq // recall.SEQ - 1
+        assert places.max() < last - 1
         assert scored.nonzero().flatten().equal(torch.arange(queries, seq))
         asked = zip(tokens[queries:].tolist(), labels[queries:].tolist(), strict=True)
         assert all(label == bound[token] for token, label in asked)
@@ -41,7 +42,7 @@ def test_sequences_depend_on_the_seed_alone() -> None:
 
 def test_sequences_become_longer_and_batches_stay_as_large() -> None:
     shapes = [tuple(batch.tokens.shape) for batch in recall.sequences(1, 1, 20)]
-    assert shapes == [(16, 72)] * 6 + [(8, 144)] * 2 + [(4, 288)] * 2 + [(1, 1152)] * 10
+    assert shapes == [(32, 36)] * 4 + [(8, 144)] * 3 + [(1, 1152)] * 13
 
 
 def test_no_local_window_reaches_or_relays_a_pair() -> None:
