@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,19 +15,27 @@ SPEC = importlib.util.spec_from_file_location("recall", PATH)
 assert SPEC is not None
 assert SPEC.loader is not None
 recall = importlib.util.module_from_spec(SPEC)
+sys.modules["recall"] = recall  # its dataclasses look it up
 SPEC.loader.exec_module(recall)
 
 
-@pytest.mark.parametrize("seq", [length for length, _ in recall.LENGTHS])
-def test_answers_are_the_values_that_the_sequence_binds_to_the_keys(seq: int) -> None:
-    batch = recall.draw(torch.Generator().manual_seed(7), 3, seq)
+CURRICULA = [recall.CURRICULUM, *recall.OWN_CURRICULUM.values()]
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "seq"), [(curriculum, length) for curriculum in CURRICULA for length, _ in curriculum.lengths]
+)
+def test_answers_are_the_values_that_the_sequence_binds_to_the_keys(curriculum: Any, seq: int) -> None:
+    batch = recall.draw(torch.Generator().manual_seed(7), 3, seq, curriculum)
     first_value, last = 1 + recall.KEYS, recall.LAST * seq // recall.SEQ
-    queries = recall.QUERIES if seq == recall.SEQ else last
+    queries = recall.QUERIES if seq == recall.SEQ else curriculum.queries * seq // recall.SEQ
     for tokens, labels, scored in zip(batch.tokens, batch.labels, batch.loss_mask, strict=True):
         places = ((tokens > 0) & (tokens < first_value)).nonzero().flatten()
         places = places[places < queries]
         bound = dict(zip(tokens[places].tolist(), tokens[places + 1].tolist(), strict=True))
-        assert len(bound) == len(places) == min(recall.KEYS, seq // 9), "each key has one value"
+        assert len(bound) == len(places) == min(recall.KEYS, seq // curriculum.tokens_per_pair), (
+            "each key has one value"
+        )
         assert all(first_value <= value < recall.VOCAB for value in bound.values())
         assert places.min() >= recall.FIRST * seq // recall.SEQ
         assert places.max() < last - 1

@@ -8,10 +8,10 @@ position. An answer takes two steps: a layer has to see what comes before a valu
 Pairs lie outside the first block, and farther from every query than layers x window of ``local``, so that no window
 reaches or relays them.
 
-Each variant is a recipe that differs in ``model.sparse_attention`` alone; batches, steps and learning rates are the
-same. Sequences are short at first (LENGTHS): on long ones even dense attention does not find the two steps in minutes on
-one core. All but nsa begin with dense attention. Accuracy is that of the largest logit on sequences of full length not
-trained on, with the attention of the last step.
+Each variant is a recipe that differs in ``model.sparse_attention`` alone. Sequences are short at first: on long ones
+even dense attention does not find the two steps in minutes on one core. Batches and learning rates are the same, but
+nsa has a curriculum of its own, and all but nsa begin with dense attention. Accuracy is that of the largest logit on
+sequences of full length not trained on, with the attention of the last step.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,20 @@ from megasparse.topology import Topology
 SEQ, KEYS, VALUES = 1152, 16, 8
 FIRST, LAST, QUERIES = 16, 720, 960  # pairs lie in FIRST .. LAST, queries from QUERIES on
 VOCAB = 1 + KEYS + VALUES
-LENGTHS = ((36, 0.2), (144, 0.35), (SEQ, 1.0))  # tokens of a sequence until this share of the steps,
-TOKENS_PER_PAIR = 9  # with a pair for every so many of them, up to KEYS
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Sequences are short at first."""
+
+    lengths: tuple[tuple[int, float], ...]  # tokens of a sequence, until this share of the steps
+    tokens_per_pair: int  # a pair for so many of them, up to KEYS
+    queries: int  # where queries begin in the short ones, as a place of a full one
+
+
+CURRICULUM = Curriculum(((36, 0.2), (144, 0.35), (SEQ, 1.0)), 9, LAST)
+# A compressed key of 16 tokens tells few pairs apart: they are as sparse in the short sequences as it can learn from.
+OWN_CURRICULUM = {"nsa": Curriculum(((72, 0.25), (144, 0.32), (288, 0.4), (SEQ, 1.0)), 18, QUERIES)}
 
 BLOCK, BLOCKS = 16, 5  # a query sees 5 of up to 72 blocks of 16 keys: 13 % of the causal ones
 LAYERS = 2
@@ -91,12 +104,12 @@ def recipe(variant: str, seed: int, steps: int, batch: int) -> Recipe:
     )
 
 
-def draw(generator: torch.Generator, size: int, seq: int) -> Batch:
-    """``size`` sequences of ``seq`` tokens: filler, in it each pair somewhere in a part of its own, filler (in those of
-    full length), queries. Answers alone count."""
+def draw(generator: torch.Generator, size: int, seq: int, curriculum: Curriculum = CURRICULUM) -> Batch:
+    """``size`` sequences of ``seq`` tokens: filler, in it each pair somewhere in a part of its own, filler, queries.
+    Answers alone count."""
     first, last = FIRST * seq // SEQ, LAST * seq // SEQ
-    queries = QUERIES if seq == SEQ else last
-    pairs = min(KEYS, seq // TOKENS_PER_PAIR)
+    queries = QUERIES if seq == SEQ else curriculum.queries * seq // SEQ
+    pairs = min(KEYS, seq // curriculum.tokens_per_pair)
     keys = torch.rand(size, KEYS, generator=generator).argsort(1)[:, :pairs]
     values = torch.randint(VALUES, (size, pairs), generator=generator)
     room = (last - first) // pairs
@@ -114,12 +127,12 @@ def draw(generator: torch.Generator, size: int, seq: int) -> Batch:
     return Batch(tokens, labels, scored, positions, document_ids=None, token_index=index)
 
 
-def sequences(seed: int, batch: int, steps: int) -> Iterator[Batch]:
+def sequences(seed: int, batch: int, steps: int, curriculum: Curriculum = CURRICULUM) -> Iterator[Batch]:
     """A batch for each of ``steps``, all of batch x SEQ tokens."""
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        seq = next(seq for seq, share in LENGTHS if step < share * steps)
-        yield draw(generator, batch * SEQ // seq, seq)
+        seq = next(seq for seq, share in curriculum.lengths if step < share * steps)
+        yield draw(generator, batch * SEQ // seq, seq, curriculum)
 
 
 def run(variant: str, seed: int, steps: int, batch: int, place: Topology, log: Console) -> dict[str, Any]:
@@ -127,7 +140,8 @@ def run(variant: str, seed: int, steps: int, batch: int, place: Topology, log: C
     plan = recipe(variant, seed, steps, batch)
     engine = Engine(plan, place, *build_model(plan, place, VOCAB))
     started, density, losses = time.perf_counter(), 1.0, []
-    for step, sample in enumerate(sequences(seed, batch, steps)):
+    curriculum = OWN_CURRICULUM.get(variant, CURRICULUM)
+    for step, sample in enumerate(sequences(seed, batch, steps, curriculum)):
         tokens = (step + 1) * plan.tokens_per_step
         rate = learning_rate(tokens, plan.optimizer, plan.schedule, plan.total_tokens)
         result = engine.train_step([sample], step, rate)
