@@ -92,7 +92,15 @@ class NativeSparseAttention(BlockSparseAttention):
         gates = kwargs["attention_bias"].view(seq, batch, heads, 3, 1).sigmoid()
         return (outputs.view(seq, batch, heads, 3, -1) * gates).sum(3).flatten(2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, start: int) -> Tensor:
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        document_ids: Tensor | None,
+        start: int,
+        before: Tensor | None = None,  # single queries choose: never given
+    ) -> Tensor:
         """-> [batch, heads, n, 3 * head_dim]: selected, window and compressed, one after the other."""
         keys, values = key.chunk(3, 1), value.chunk(3, 1)
         documents = None if document_ids is None else document_ids[:, : key.shape[2]]
