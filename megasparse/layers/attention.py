@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megasparse.layers.cache import KeyValueCache
 from megasparse.layers.norms import LayerNorm, RMSNorm
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where in a sequence the queries of one call are: at ``start`` and on. Keys are those from 0 to the last query."""
+
+    start: int
+    document_ids: Tensor | None  # [batch, keys]
+    before: Tensor | None = None  # what CoreAttention._before says of the queries that are not here
 
 
 class CoreAttention(MegatronModule):
@@ -74,17 +84,18 @@ class CoreAttention(MegatronModule):
             if self.cache is not None:
                 assert attention_mask is None  # generation writes one document
                 queries, keys, values, start = self.cache.extend(queries, keys, values)
-                output = self._attend(queries, keys, values, None, start)[:, :, -seq:]
+                output = self._attend(queries, keys, values, Part(start, None))[:, :, -seq:]
             elif self.context_parallel == 1:
-                output = self._attend(queries, keys, values, attention_mask, 0)
+                output = self._attend(queries, keys, values, Part(0, attention_mask))
             else:
-                part, rank = seq // 2, dist.get_rank(self.cp_group)
-                starts = (rank * part, (2 * self.context_parallel - 1 - rank) * part)
-                parts = zip(queries.chunk(2, 2), self._before(queries), starts, strict=True)
-                outputs = [
-                    self._attend(q, keys[:, :, : start + part], values[:, :, : start + part], attention_mask, start, b)
-                    for q, b, start in parts
-                ]
+                rank, outputs = dist.get_rank(self.cp_group), []
+                places = (rank, 2 * self.context_parallel - 1 - rank)
+                for q, before, place in zip(queries.chunk(2, 2), self._before(queries), places, strict=True):
+                    start = place * (seq // 2)
+                    end = start + seq // 2
+                    documents = None if attention_mask is None else attention_mask[:, :end]
+                    part = Part(start, documents, before)
+                    outputs.append(self._attend(q, keys[:, :, :end], values[:, :, :end], part))
                 output = torch.cat(outputs, 2)
         return output.permute(2, 0, 1, 3).reshape(seq, batch, -1)
 
@@ -92,20 +103,12 @@ class CoreAttention(MegatronModule):
         """Under context parallelism, what each of this rank's two parts has to know of the queries before it."""
         return None, None
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        document_ids: Tensor | None,
-        start: int,
-        before: Tensor | None = None,
-    ) -> Tensor:
-        """Queries [batch, heads, n, head_dim] of positions ``start`` .. start + n, keys of positions 0 .. start + n."""
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, part: Part) -> Tensor:
+        """query [batch, heads, n, head_dim], key and value [batch, kv_heads, keys, head_dim] -> like query."""
         mask: Any = None
-        if document_ids is not None:
-            mask = document_mask(document_ids[:, : key.shape[2]])[:, :, start:]
-        elif start > 0:
+        if part.document_ids is not None:
+            mask = document_mask(part.document_ids)[:, :, part.start :]
+        elif part.start > 0:
             mask = causal_lower_right(query.shape[2], key.shape[2])
         return F.scaled_dot_product_attention(
             query,

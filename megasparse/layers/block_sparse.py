@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megasparse.config import SparseAttention
 from megasparse.layers import selectors
-from megasparse.layers.attention import CoreAttention
+from megasparse.layers.attention import CoreAttention, Part
 from megasparse.layers.clusters import Centroids
 from megasparse.layers.gate import AttentionGate, gate_loss
 from megasparse.layers.recall import SAMPLE, attention_recall, sampled
@@ -62,45 +62,26 @@ class BlockSparseAttention(CoreAttention):
         parts = [*gathered[0::2], *gathered[1::2].flip(0)]  # rank r has part r and part 2 * ranks - 1 - r
         return parts[rank - 1] if rank > 0 else None, parts[2 * ranks - 2 - rank]
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        document_ids: Tensor | None,
-        start: int,
-        before: Tensor | None = None,
-    ) -> Tensor:
-        return self._attend_selected((query, key, value), document_ids, start, before=before)
-
-    def _attend_selected(
-        self,
-        tensors: tuple[Tensor, Tensor, Tensor],
-        document_ids: Tensor | None,
-        start: int,
-        score: Score | None = None,
-        before: Tensor | None = None,
-    ) -> Tensor:
-        """``_attend`` of (query, key, value). ``score``: of blocks, where the selector has none of its own."""
-        query, key, value = tensors
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, part: Part, score: Score | None = None) -> Tensor:
+        """``score``: of blocks, where the selector has none of its own."""
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [batch, seq, heads, head_dim]
         budget = self.budget()
         if budget is None and (self.gate is None or not self.training):
-            output = super()._attend(query, key, value, document_ids, start)
+            output = super()._attend(query, key, value, part)
             return self._learn_clusters(output, q, k)
         gated = self.gate(q, k, self.grid.block_size) if self.gate is not None else None
-        score = score or self.score(q, k, gated, before)
+        score = score or self.score(q, k, gated, part.before)
         mask = self.select(q, k, self.grid.blocks(k.shape[1]) if budget is None else budget, score)
-        first, last = self.grid.own(q.shape[1], start, k.device)
-        documents = None if document_ids is None else document_ids[:, : k.shape[1]]
-        output, lse = block_sparse_attention(q, k, v, mask, scale=self.scale, document_ids=documents, return_lse=True)
+        first, last = self.grid.own(q.shape[1], part.start, k.device)
+        masked = {"scale": self.scale, "document_ids": part.document_ids}
+        output, lse = block_sparse_attention(q, k, v, mask, return_lse=True, **masked)
         if self.training:
             self.state.count_blocks(
                 mask.count.sum(), (last + 1).clamp(max=mask.num_key_blocks).sum() * len(k) * k.shape[2]
             )
-            self._observe(q, k, mask, score, documents)
+            self._observe(q, k, mask, score, part.document_ids)
         if self.training and gated is not None:
-            mass = block_mass(q, k, lse, mask, scale=self.scale, document_ids=documents)
+            mass = block_mass(q, k, lse, mask, **masked)
             share = len(q) * self.kv_heads * self._seq(q.shape[1], k.shape[1])
             loss = gate_loss(gated[0], gated[1], mask, mass, first) / share
             output = self._add_loss(output, "gate_loss", loss, self.sparse.gate_loss_coefficient)

@@ -9,6 +9,8 @@ output of the compressed branch.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +20,11 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megasparse.config import SparseAttention
 from megasparse.layers import selectors
-from megasparse.layers.attention import PostNormSelfAttention
+from megasparse.layers.attention import Part, PostNormSelfAttention
 from megasparse.layers.block_sparse import BlockSparseAttention
 from megasparse.layers.selectors import Grid, Score
 from megasparse.ops.block_sparse import block_sparse_attention
@@ -92,54 +95,52 @@ class NativeSparseAttention(BlockSparseAttention):
         gates = kwargs["attention_bias"].view(seq, batch, heads, 3, 1).sigmoid()
         return (outputs.view(seq, batch, heads, 3, -1) * gates).sum(3).flatten(2)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        document_ids: Tensor | None,
-        start: int,
-        before: Tensor | None = None,  # single queries choose: never given
-    ) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, part: Part, score: Score | None = None) -> Tensor:
         """-> [batch, heads, n, 3 * head_dim]: selected, window and compressed, one after the other."""
         keys, values = key.chunk(3, 1), value.chunk(3, 1)
-        documents = None if document_ids is None else document_ids[:, : key.shape[2]]
         compressed = self.compress_key(keys[2])
         if self.norm_epsilon is not None:
             compressed = F.rms_norm(compressed, compressed.shape[-1:], eps=self.norm_epsilon)
-        visible = self._visible(compressed.shape[2], start, query.shape[2], documents, key.device)
+        visible: Visible = functools.partial(self._visible, part, key.device)
         score = importance(query, compressed, visible, self.scale, self.sparse, self.grid.blocks(key.shape[2]))
         outputs = [
-            self._attend_selected((query, keys[0], values[0]), document_ids, start, score),
-            self._window(query, keys[1], values[1], documents, start),
-            masked_attention(query, compressed, self.compress_value(values[2]), visible, self.scale),
+            super()._attend(query, keys[0], values[0], part, score),
+            self._window(query, keys[1], values[1], part),
+            compressed_attention(query, compressed, self.compress_value(values[2]), visible, self.scale),
         ]
         if self.training and self.budget() is not None:
-            own = torch.arange(start, key.shape[2], device=key.device) // self.sparse.block_size
+            own = torch.arange(part.start, key.shape[2], device=key.device) // self.sparse.block_size
             window = (own + 1).clamp(max=self.sparse.window_blocks).sum()
-            coarse = visible.sum() / len(visible) / self.sparse.block_size
+            seen = [x.sum() / len(x) for x in map(visible, parts(query, compressed.shape[2]))]
+            coarse = torch.stack(seen).sum() / self.sparse.block_size
             self.state.count_blocks((window + coarse) * len(query) * keys[0].shape[1], torch.zeros_like(coarse))
         return torch.cat(outputs, -1)
 
-    def _window(self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, start: int) -> Tensor:
+    def _window(self, query: Tensor, key: Tensor, value: Tensor, part: Part) -> Tensor:
         size = self.sparse.block_size
         # A query's window starts with a block: all queries of a block have the same.
-        grid = Grid(size, size if start % size == 0 else 1, self.sparse.window_blocks, 0)
+        grid = Grid(size, size if part.start % size == 0 else 1, self.sparse.window_blocks, 0)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        output = block_sparse_attention(q, k, v, selectors.local(grid, q, k), scale=self.scale, document_ids=documents)
+        masked = {"scale": self.scale, "document_ids": part.document_ids}
+        output = block_sparse_attention(q, k, v, selectors.local(grid, q, k), **masked)
         assert isinstance(output, Tensor)
         return output.transpose(1, 2)
 
-    def _visible(
-        self, compressed: int, start: int, queries: int, documents: Tensor | None, device: torch.device
-    ) -> Tensor:
-        """bool [1 or batch, 1, queries, compressed]: the compressed keys all of whose keys the query may see."""
-        first = torch.arange(compressed, device=device) * self.sparse.compression_stride
-        positions = torch.arange(start, start + queries, device=device)
-        visible = (first + self.sparse.compression_size <= positions.unsqueeze(1) + 1).unsqueeze(0)
-        if documents is not None:
-            visible = visible & (documents[:, start:].unsqueeze(2) == documents[:, first].unsqueeze(1))
+    def _visible(self, part: Part, device: torch.device, rows: slice) -> Tensor:
+        """See ``Visible``: a query sees the compressed keys all of whose keys it may see."""
+        size, stride = self.sparse.compression_size, self.sparse.compression_stride
+        positions = torch.arange(part.start + rows.start, part.start + rows.stop, device=device)
+        first = torch.arange(max(0, (part.start + rows.stop - size) // stride + 1), device=device) * stride
+        visible = (first + size <= positions.unsqueeze(1) + 1).unsqueeze(0)
+        if part.document_ids is not None:
+            own, theirs = part.document_ids[:, positions], part.document_ids[:, first]
+            visible = visible & (own.unsqueeze(2) == theirs.unsqueeze(1))
         return visible.unsqueeze(1)
+
+
+Visible = Callable[[slice], Tensor]
+"""Some queries -> bool [1 or batch, 1, len(rows), n]: which of the first n compressed keys, as far as the last of these
+queries sees, they see."""
 
 
 class Compression(nn.Module):
@@ -172,37 +173,55 @@ class Compression(nn.Module):
         return windows.mean(-2) + torch.einsum("bhne,hde->bhnd", inner, self.output)
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Softmax attention to the visible keys; 0 for a query that sees none."""
-    if key.shape[2] == 0:
-        return torch.zeros_like(query)
-    none = ~visible.any(-1, keepdim=True)
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible | none, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return output.masked_fill(none, 0)
+def parts(query: Tensor, compressed: int, heads: int = 1) -> list[slice]:
+    """All queries [batch, heads, n, head_dim], some at a time, so that a part's pairs with the compressed keys, of so
+    many heads, are no more than selectors.CHUNK."""
+    step = max(1, selectors.CHUNK // max(1, query.shape[0] * heads * compressed))
+    return [slice(i, min(i + step, query.shape[2])) for i in range(0, query.shape[2], step)]
+
+
+def compressed_attention(query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float) -> Tensor:
+    """Softmax attention [batch, heads, n, head_dim] to the visible keys [batch, kv_heads, compressed, head_dim]; 0 for
+    a query that sees none. Masks are made for a part of the queries at a time, in backward once more."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, rows: slice) -> Tensor:
+        seen = visible(rows)
+        reach = seen.shape[-1]
+        if reach == 0:
+            return torch.zeros_like(query)
+        none, grouped = ~seen.any(-1, keepdim=True), query.shape[1] != key.shape[1]
+        output = F.scaled_dot_product_attention(
+            query, key[:, :, :reach], value[:, :, :reach], attn_mask=seen | none, scale=scale, enable_gqa=grouped
+        )
+        return output.masked_fill(none, 0)
+
+    outputs = [
+        checkpoint(attend, query[:, :, rows], key, value, rows, use_reentrant=False, preserve_rng_state=False)
+        for rows in parts(query, key.shape[2])
+    ]
+    return torch.cat(outputs, 2)
 
 
 def importance(
-    query: Tensor, compressed: Tensor, visible: Tensor, scale: float, sparse: SparseAttention, blocks: int
+    query: Tensor, compressed: Tensor, visible: Visible, scale: float, sparse: SparseAttention, blocks: int
 ) -> Score:
     """score(t, j) = log of the attention to compressed keys that falls into block j of ``blocks``, summed over the
-    group's heads. Shapes as in ``masked_attention``.
+    group's heads. Shapes as in ``compressed_attention``.
 
     A compressed key counts for a block as often as strides of it lie there (the paper's equation 9).
     """
     group = query.shape[1] // compressed.shape[1]
     strides = sparse.block_size // sparse.compression_stride  # of a block
-    count = compressed.shape[2]
     keys = compressed.detach().float()
 
     def score(part: slice) -> Tensor:
-        rows, seen = query[:, :, part].detach().unflatten(1, (-1, group)), visible[:, :, part].unsqueeze(2)
-        step = max(1, selectors.CHUNK // max(1, query.shape[0] * query.shape[1] * count))
-        scores = []
-        for some, see in zip(rows.split(step, 3), seen.split(step, 3), strict=True):
-            logits = torch.einsum("bhgqd,bhkd->bhgqk", some.float(), keys) * scale
-            weights = logits.masked_fill(~see, -torch.inf).softmax(-1).nan_to_num().sum(2)
+        queries, scores = query[:, :, part].detach(), []
+        for rows in parts(queries, compressed.shape[2], query.shape[1]):
+            seen = visible(slice(part.start + rows.start, part.start + rows.stop))
+            count = seen.shape[-1]
+            grouped = queries[:, :, rows].unflatten(1, (-1, group)).float()
+            logits = torch.einsum("bhgqd,bhkd->bhgqk", grouped, keys[:, :, :count]) * scale
+            weights = logits.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(-1).nan_to_num().sum(2)
             by_stride = weights.new_zeros(*weights.shape[:-1], blocks * strides)
             for n in range(sparse.compression_size // sparse.compression_stride):
                 by_stride[..., n : n + count] += weights

@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megasparse.config import SparseAttention
-from megasparse.layers.attention import CoreAttention
+from megasparse.layers.attention import CoreAttention, Part
 from megasparse.layers.nsa import Compression, NativeSparseAttention, importance
 from megasparse.layers.step import StepState
 from megasparse.model import build_model
@@ -150,6 +150,20 @@ def test_against_the_equations(documents: bool, phase: str, normed: bool) -> Non
     assert_close(torch.autograd.grad(output, wanted, weights), torch.autograd.grad(expected, wanted, weights), 1e-11)
 
 
+def test_the_compressed_branch_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few queries at a time: the same output and gradients, in documents as well."""
+    layer, inputs, ids = made(), tensors(), (torch.arange(75) // 29).expand(2, -1)
+
+    def results() -> list[Tensor]:
+        output = layer(*inputs[:3], ids, attention_bias=inputs[3])
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=output.dtype)
+        return [output, *torch.autograd.grad(output, [*inputs, *layer.parameters()], weights)]
+
+    whole = results()
+    monkeypatch.setattr("megasparse.layers.selectors.CHUNK", 250)  # 7 queries with 18 compressed keys of 2 sequences
+    assert_close(results(), whole, 1e-12)
+
+
 def test_a_short_sequence_has_no_compressed_keys() -> None:
     inputs = tensors(5)
     layer = made()
@@ -173,7 +187,7 @@ def test_a_cache_gives_the_same() -> None:
     whole = layer(query, key, value, None, attention_bias=gates)
     for start, stop in ((40, 41), (33, 34), (64, 75), (35, 59)):
         q, k, v = (x[a:stop].permute(1, 2, 0, 3) for x, a in ((query, start), (key, 0), (value, 0)))
-        branches = layer._attend(q, k, v, None, start).unflatten(-1, (3, DIM))  # [batch, heads, n, 3, head_dim]
+        branches = layer._attend(q, k, v, Part(start, None)).unflatten(-1, (3, DIM))  # [batch, heads, n, 3, head_dim]
         gate = gates[start:stop].view(-1, 2, HEADS, 3, 1).permute(1, 2, 0, 3, 4).sigmoid()
         part = (branches * gate).sum(3).permute(2, 0, 1, 3).flatten(2)
         assert_close(part, whole[start:stop], 1e-12)
@@ -184,7 +198,12 @@ def test_scores_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     random = torch.Generator().manual_seed(0)
     query = torch.randn(2, HEADS, 40, DIM, generator=random)
     compressed = torch.randn(2, KV_HEADS, 9, DIM, generator=random)
-    visible = (torch.arange(40).unsqueeze(1) >= torch.arange(9) * STRIDE + SIZE - 1)[None, None]
+
+    def visible(rows: slice) -> Tensor:
+        reach = max(0, (rows.stop - SIZE) // STRIDE + 1)
+        seen = torch.arange(rows.start, rows.stop).unsqueeze(1) >= torch.arange(reach) * STRIDE + SIZE - 1
+        return seen[None, None]
+
     score = importance(query, compressed, visible, 0.3, SparseAttention(**OPTIONS), 5)
     whole = score(slice(0, 40))
     monkeypatch.setattr("megasparse.layers.selectors.CHUNK", 300)

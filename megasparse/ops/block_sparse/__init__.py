@@ -43,13 +43,13 @@ def block_sparse_attention(
 
     Returns [batch, seq, heads, head_dim]; with return_lse also log(sum(exp(logits))) [batch, seq, heads], float32 or
     float64. A query that sees no key gets zeros, -inf, and no gradient. Differentiable in q, k, v, block_bias, through
-    both outputs. Raises ValueError for shapes that do not fit; on CPU also for a list that names a block twice, or one
-    that is not there.
+    both outputs. Raises ValueError for shapes that do not fit and a scale that is not above 0; on CPU also for a list
+    that names a block twice, or one that is not there.
 
     backend: "cpu", "triton" (CUDA, or CPU tensors in Triton's interpreter), "naive", or "auto": by the device of q.
     """
     mask = _check(q, k, v, mask, document_ids, block_bias)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = _scale(q, scale)
     if backend == "auto":
         backend = "cpu" if q.device.type == "cpu" else "triton"
     match backend:
@@ -90,7 +90,7 @@ def block_mass(
     mask = _check(q, k, k, mask, document_ids, None)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse {list(lse.shape)} must be [batch, seq, heads] = {list(q.shape[:3])}")
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = _scale(q, scale)
     if backend == "auto":
         backend = "cpu" if q.device.type == "cpu" else "triton"
     match backend:
@@ -105,6 +105,12 @@ def block_mass(
         case _:
             raise ValueError(f"backend={backend!r}: use 'auto', 'naive', 'cpu' or 'triton'")
     return measure(q, k, lse, mask, causal, scale, document_ids)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale={scale}: must be > 0")
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
 def _check(
