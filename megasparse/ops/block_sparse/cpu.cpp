@@ -24,6 +24,7 @@
 #include <numeric>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -113,12 +114,21 @@ void convert(const A* source, int64_t n, B* target) {
   for (int64_t i = 0; i < n; ++i) target[i] = static_cast<B>(source[i]);
 }
 
+enum class Sight { ALL, SOME, NONE };  // of the keys of a tile by its queries
+
+struct Span {  // of queries: their positions among the keys, and their documents
+  int64_t first, last, lowest = 0, highest = 0;
+};
+
 struct Problem {
   int64_t heads, kv_heads, group, head_dim;  // heads: batch * kv_heads
   int64_t queries, keys, q_blocks, k_blocks, query_block, block;
   bool causal;
   double scale;
   const int64_t* documents;  // [batch, keys] or null
+  std::vector<std::pair<int64_t, int64_t>> ranges = {};  // the lowest and highest of each key block, [batch, k_blocks]
+
+  const int64_t* documents_of(int64_t head) const { return documents + head / kv_heads * keys; }
 
   // How many keys of block kb, from its first, can the query at ``position`` see?
   int64_t limit(int64_t kb, int64_t position) const {
@@ -126,9 +136,22 @@ struct Problem {
     return std::clamp<int64_t>(end - kb * block, 0, block);
   }
   int64_t position(int64_t qb, int64_t row) const { return keys - queries + qb * query_block + row / group; }
-  bool sees(int64_t head, int64_t kb, int64_t column, int64_t position) const {
-    const int64_t* ids = documents + head / kv_heads * keys;
-    return ids[kb * block + column] == ids[position];
+  Sight sight(int64_t head, int64_t kb, const Span& queries) const {
+    if (limit(kb, queries.last) == 0) return Sight::NONE;
+    Sight sight = limit(kb, queries.first) == block ? Sight::ALL : Sight::SOME;
+    if (!documents) return sight;
+    auto [low, high] = ranges[head / kv_heads * k_blocks + kb];
+    if (high < queries.lowest || low > queries.highest) return Sight::NONE;
+    return low == high && low == queries.lowest && low == queries.highest ? sight : Sight::SOME;
+  }
+  Span span(int64_t head, int64_t qb, int64_t first, int64_t rows) const {
+    Span span{position(qb, first), position(qb, first + rows - 1)};
+    if (documents) {
+      const int64_t* ids = documents_of(head);
+      auto [low, high] = std::minmax_element(ids + span.first, ids + span.last + 1);
+      span.lowest = *low, span.highest = *high;
+    }
+    return span;
   }
   int64_t rows(int64_t qb) const { return std::min(query_block, queries - qb * query_block) * group; }
 
@@ -228,19 +251,24 @@ Tensor key_blocks(const Problem& p, const Tensor& x, bool turned = false) {
   return blocks;
 }
 
-// One tile's q k^T [rows, block], -inf where a query does not see a key: rows from ``first`` of query block qb.
+// One tile's q k^T [rows, block], -inf where a query does not see a key: rows from ``first`` of query block qb, of which
+// ``span`` is. False, and nothing, where none sees any.
 template <typename T, typename E>
-void products(const Problem& p, const E* q, const E* kt, int64_t head, int64_t qb, int64_t first, int64_t rows,
-              int64_t kb, T* logits) {
+bool products(const Problem& p, const E* q, const E* kt, int64_t head, int64_t qb, int64_t first, int64_t rows,
+              const Span& span, int64_t kb, T* logits) {
+  Sight sight = p.sight(head, kb, span);
+  if (sight == Sight::NONE) return false;
   gemm(rows, p.block, p.head_dim, q, kt + (head * p.k_blocks + kb) * p.head_dim * p.block, logits, false);
-  if (!p.documents && p.limit(kb, p.position(qb, first)) == p.block) return;
+  if (sight == Sight::ALL) return true;
   constexpr T hidden = -std::numeric_limits<T>::infinity();
   for (int64_t r = 0; r < rows; ++r, logits += p.block) {
     int64_t position = p.position(qb, first + r), limit = p.limit(kb, position);
     std::fill(logits + limit, logits + p.block, hidden);
-    if (p.documents)
-      for (int64_t j = 0; j < limit; ++j) logits[j] = p.sees(head, kb, j, position) ? logits[j] : hidden;
+    if (!p.documents) continue;
+    const int64_t *ids = p.documents_of(head), *theirs = ids + kb * p.block, own = ids[position];
+    for (int64_t j = 0; j < limit; ++j) logits[j] = theirs[j] == own ? logits[j] : hidden;
   }
+  return true;
 }
 
 template <typename I, typename T, typename E>
@@ -255,6 +283,7 @@ void forward(const Problem& p, const Lists& lists, const I* q, const E* kt, cons
     T *logits = buffer.data(), *sums = logits + ROWS * w, highest[ROWS], total[ROWS], scale = p.scale;
     for (int64_t first = 0; first < p.rows(qb); first += ROWS) {
       int64_t rows = std::min(ROWS, p.rows(qb) - first);
+      Span span = p.span(head, qb, first, rows);
       p.gather(q, head, qb, first, rows, rows_q.data());
       std::fill_n(sums, rows * d, T(0));
       std::fill_n(highest, rows, T(LOWEST));
@@ -262,7 +291,7 @@ void forward(const Problem& p, const Lists& lists, const I* q, const E* kt, cons
       for (int32_t i = 0; i < lists.count[task]; ++i) {
         int64_t kb = lists.index[task * lists.longest + i];
         T b = bias ? bias[task * p.k_blocks + kb] : T(0);
-        products(p, rows_q.data(), kt, head, qb, first, rows, kb, logits);
+        if (!products(p, rows_q.data(), kt, head, qb, first, rows, span, kb, logits)) continue;
         for (int64_t r = 0; r < rows; ++r) {
           T *row = logits + r * w, most = highest[r], more = 0;
 #pragma omp simd reduction(max : most)
@@ -303,12 +332,14 @@ void masses(const Problem& p, const Lists& lists, const I* q, const E* kt, const
     T *logits = buffer.data(), shift[ROWS], scale = p.scale;
     for (int64_t first = 0; first < p.rows(qb); first += ROWS) {
       int64_t rows = std::min(ROWS, p.rows(qb) - first);
+      Span span = p.span(head, qb, first, rows);
       p.gather(q, head, qb, first, rows, rows_q.data());
       p.runs(head, qb, first, rows,
              [&](int64_t at, int64_t n, int64_t where) { std::copy_n(lse + at, n, shift + where); });
       for (int32_t i = 0; i < lists.count[task]; ++i) {
         T& largest = mass[task * lists.longest + i];
-        products(p, rows_q.data(), kt, head, qb, first, rows, lists.index[task * lists.longest + i], logits);
+        int64_t kb = lists.index[task * lists.longest + i];
+        if (!products(p, rows_q.data(), kt, head, qb, first, rows, span, kb, logits)) continue;
         for (int64_t r = 0; r < rows; ++r) {
           T total = 0;
 #pragma omp simd reduction(+ : total)
@@ -342,117 +373,144 @@ std::vector<int32_t> ranks(const Problem& p, const Lists& inverse) {
   return rank;
 }
 
-// Key block by key block, over the rows of all query blocks that list it: a pair's logit is made once. Tiles are
-// [keys, rows], so that no product needs a tile turned. A task owns its key block's dk and dv, and adds to the dq of a
-// query block when the key blocks before it have: these are in the hands of threads that wait for none after them.
+// Rows of one or more query blocks that list a key block, gathered; what is made of them.
+template <typename T, typename E>
+struct Tile {
+  struct Part {
+    int64_t qb, first, begin, n;  // rows from ``begin`` of the tile are those from ``first`` of a query block
+    int32_t rank;
+    bool last;  // of the query block
+  };
+  std::vector<T> q, dout, turned_dq, dq, weights, dlogits;  // [rows, d] x 2, [d, rows], [rows, d], [block, rows] x 2
+  std::vector<E> operand, turned_q, turned_dout;            // [rows, d], [d, rows] x 2
+  T bias[ROWS], lse[ROWS], delta[ROWS], dbias[ROWS];
+  int64_t limits[ROWS], documents[ROWS], rows, wide;  // wide: filled up with zeros to one of few sizes
+  Part parts[ROWS];
+  int64_t count;  // of parts
+  bool all;       // does each row see all keys?
+
+  void resize(int64_t d, int64_t w) {
+    for (auto* x : {&q, &dout, &turned_dq, &dq}) x->resize(ROWS * d);
+    for (auto* x : {&weights, &dlogits}) x->resize(ROWS * w);
+    for (auto* x : {&operand, &turned_q, &turned_dout}) x->resize(ROWS * d);
+  }
+
+  // Takes rows of the list from ``first`` of its first query block on, and moves both on. Rows that see none of the
+  // keys are a part of none.
+  template <typename I>
+  void gather(const Problem& p, int64_t head, int64_t kb, const I* q_, const I* dout_, const T* bias_, const T* lse_,
+              const T* delta_, const int32_t*& list, const int32_t* end, const int32_t*& rank, int64_t& first) {
+    int64_t d = p.head_dim;
+    rows = count = 0;
+    all = true;
+    while (list != end && rows < ROWS && count < ROWS) {
+      int64_t qb = *list, n = std::min(ROWS - rows, p.rows(qb) - first), from = first;
+      bool last = first + n == p.rows(qb);
+      first = last ? 0 : first + n;
+      Sight sight = p.sight(head, kb, p.span(head, qb, from, n));
+      parts[count++] = {qb, from, rows, sight == Sight::NONE ? 0 : n, *rank, last};
+      if (last) ++list, ++rank;
+      if (sight == Sight::NONE) continue;
+      all = all && sight == Sight::ALL;
+      p.gather(q_, head, qb, from, n, q.data() + rows * d);
+      p.gather(dout_, head, qb, from, n, dout.data() + rows * d);
+      p.runs(head, qb, from, n, [&](int64_t at, int64_t run, int64_t where) {
+        std::copy_n(lse_ + at, run, lse + rows + where);
+        std::copy_n(delta_ + at, run, delta + rows + where);
+      });
+      std::fill_n(bias + rows, n, bias_ ? bias_[(head * p.q_blocks + qb) * p.k_blocks + kb] : T(0));
+      for (int64_t r = 0; r < n; ++r) {
+        int64_t position = p.position(qb, from + r);
+        limits[rows + r] = p.limit(kb, position);
+        documents[rows + r] = p.documents ? p.documents_of(head)[position] : 0;
+      }
+      rows += n;
+    }
+    wide = (rows + 31) / 32 * 32;  // a kernel is compiled for each size
+    constexpr T infinity = std::numeric_limits<T>::infinity();
+    std::replace(lse, lse + rows, -infinity, infinity);  // sees no key: exp(logit - inf) = 0
+    std::fill(lse + rows, lse + wide, infinity);
+    std::fill(delta + rows, delta + wide, T(0));
+    std::fill(bias + rows, bias + wide, T(0));
+    std::fill_n(q.data() + rows * d, (wide - rows) * d, T(0));
+    std::fill_n(dout.data() + rows * d, (wide - rows) * d, T(0));
+    turn_rows(q, d, turned_q);
+    turn_rows(dout, d, turned_dout);
+  }
+
+  void turn_rows(const std::vector<T>& x, int64_t d, std::vector<E>& target) {
+    if constexpr (std::is_same_v<E, T>) return turn(x.data(), wide, d, target.data());
+    convert(x.data(), wide * d, operand.data());  // exact: they were of that type
+    turn(operand.data(), wide, d, target.data());
+  }
+
+  // Makes dq, and adds to the key block's dk and dv. Weights are [keys, rows]: no product needs a tile turned.
+  void multiply(const Problem& p, int64_t head, int64_t kb, bool biased, const E* k, const T* kt, const E* v, T* dk,
+                T* dv) {
+    int64_t d = p.head_dim, w = p.block;
+    T scale = p.scale;
+    gemm(w, wide, d, k, turned_q.data(), weights.data(), false);
+    gemm(w, wide, d, v, turned_dout.data(), dlogits.data(), false);
+    std::fill_n(dbias, wide, T(0));
+    for (int64_t j = 0; j < w; ++j) {
+      T *x = weights.data() + j * wide, *dx = dlogits.data() + j * wide;
+#pragma omp simd
+      for (int64_t r = 0; r < wide; ++r) {
+        x[r] = exponential(x[r] * scale + bias[r] - lse[r]);
+        dx[r] = x[r] * (dx[r] - delta[r]);
+      }
+      if (!all) {
+        int64_t own = p.documents && kb * w + j < p.keys ? p.documents_of(head)[kb * w + j] : 0;
+        for (int64_t r = 0; r < rows; ++r)
+          if (j >= limits[r] || documents[r] != own) x[r] = dx[r] = 0;
+      }
+      if (biased)
+#pragma omp simd
+        for (int64_t r = 0; r < wide; ++r) dbias[r] += dx[r];
+    }
+    gemm(w, d, wide, weights.data(), dout.data(), dv, true);
+    gemm(w, d, wide, dlogits.data(), q.data(), dk, true);
+    gemm(d, wide, w, kt, dlogits.data(), turned_dq.data(), false);
+    transpose(turned_dq.data(), d, wide, dq.data(), d);
+  }
+};
+
+// Key block by key block, over the rows of all query blocks that list it: a pair's logit is made once. A task owns its
+// key block's dk and dv, and adds to the dq of a query block when the key blocks before it have: these are in the hands
+// of threads that wait for none after them.
 template <typename I, typename T, typename E>
 void backward(const Problem& p, const Lists& inverse, const I* q, const E* k, const T* kt, const E* v, const T* bias,
               const I* dout, const T* lse, const T* delta, T* dq, I* dk, I* dv, T* dbias) {
   std::vector<int32_t> rank = ranks(p, inverse);
-  std::vector<std::atomic<int32_t>> turn_of(p.heads * p.q_blocks);
+  std::vector<std::atomic<int32_t>> added(p.heads * p.q_blocks);
   for_each(p.heads * p.k_blocks, [&](int64_t ticket) {
     int64_t head = ticket % p.heads, kb = ticket / p.heads, d = p.head_dim, w = p.block;
     int64_t task = head * p.k_blocks + kb, at = task * w * d;
-    thread_local std::vector<T> buffer;
-    thread_local std::vector<E> operands;
-    buffer.resize(ROWS * (4 * d + 2 * w) + 2 * w * d);
-    operands.resize(ROWS * 4 * d);
-    T *rows_q = buffer.data(), *rows_dout = rows_q + ROWS * d, *turned_dq = rows_dout + ROWS * d;
-    T *rows_dq = turned_dq + ROWS * d, *weights = rows_dq + ROWS * d, *dlogits = weights + ROWS * w;
-    T *block_dk = dlogits + ROWS * w, *block_dv = block_dk + w * d, scale = p.scale;
-    E *left_q = operands.data(), *left_dout = left_q + ROWS * d, *turned_q = left_dout + ROWS * d;
-    E* turned_dout = turned_q + ROWS * d;
-    T rows_bias[ROWS], rows_lse[ROWS], rows_delta[ROWS], rows_dbias[ROWS];
-    int64_t limits[ROWS], positions[ROWS];
-    struct Part {
-      int64_t qb, first, begin, n;  // rows from ``begin`` of the tile are those from ``first`` of a query block
-      int32_t rank;
-    } parts[ROWS];
-    std::fill_n(block_dk, 2 * w * d, T(0));
+    thread_local Tile<T, E> tile;
+    thread_local std::vector<T> sums;
+    tile.resize(d, w);
+    sums.assign(2 * w * d, T(0));
+    T *block_dk = sums.data(), *block_dv = block_dk + w * d, scale = p.scale;
     const int32_t *list = inverse.index + task * inverse.longest, *end = list + inverse.count[task];
     const int32_t* place = rank.data() + task * inverse.longest;
-    int64_t first = 0;  // row of the block *list
+    int64_t first = 0;  // row of the query block *list
     while (list != end) {
-      int64_t rows = 0, count = 0;
-      bool partly = p.documents != nullptr;
-      while (list != end && rows < ROWS) {
-        int64_t qb = *list, n = std::min(ROWS - rows, p.rows(qb) - first);
-        if constexpr (!std::is_same_v<E, T>) {
-          p.gather(q, head, qb, first, n, left_q + rows * d);
-          p.gather(dout, head, qb, first, n, left_dout + rows * d);
-        }
-        p.gather(q, head, qb, first, n, rows_q + rows * d);
-        p.gather(dout, head, qb, first, n, rows_dout + rows * d);
-        p.runs(head, qb, first, n, [&](int64_t from, int64_t run, int64_t where) {
-          std::copy_n(lse + from, run, rows_lse + rows + where);
-          std::copy_n(delta + from, run, rows_delta + rows + where);
-        });
-        std::fill_n(rows_bias + rows, n, bias ? bias[(head * p.q_blocks + qb) * p.k_blocks + kb] : T(0));
-        for (int64_t r = 0; r < n; ++r) {
-          positions[rows + r] = p.position(qb, first + r);
-          limits[rows + r] = p.limit(kb, positions[rows + r]);
-          partly = partly || limits[rows + r] < w;
-        }
-        parts[count++] = {qb, first, rows, n, *place};
-        rows += n;
-        first += n;
-        if (first == p.rows(qb)) first = 0, ++list, ++place;
-      }
-      int64_t wide = (rows + 31) / 32 * 32, rest = wide - rows;  // few sizes: a kernel is compiled for each
-      std::fill_n(rows_q + rows * d, rest * d, T(0));
-      std::fill_n(rows_dout + rows * d, rest * d, T(0));
-      std::fill_n(rows_lse + rows, rest, std::numeric_limits<T>::infinity());
-      std::fill_n(rows_delta + rows, rest, T(0));
-      std::fill_n(rows_bias + rows, rest, T(0));
-      for (int64_t r = 0; r < rows; ++r)  // sees no key: exp(logit - inf) = 0
-        if (rows_lse[r] == -std::numeric_limits<T>::infinity()) rows_lse[r] = std::numeric_limits<T>::infinity();
-      if constexpr (std::is_same_v<E, T>) {
-        turn(rows_q, wide, d, turned_q);
-        turn(rows_dout, wide, d, turned_dout);
-      } else {
-        std::fill_n(left_q + rows * d, rest * d, E(0));
-        std::fill_n(left_dout + rows * d, rest * d, E(0));
-        turn(left_q, wide, d, turned_q);
-        turn(left_dout, wide, d, turned_dout);
-      }
-      gemm(w, wide, d, k + at, turned_q, weights, false);
-      gemm(w, wide, d, v + at, turned_dout, dlogits, false);
-      for (int64_t j = 0; j < w; ++j) {
-        T *x = weights + j * wide, *dx = dlogits + j * wide;
-#pragma omp simd
-        for (int64_t r = 0; r < wide; ++r) {
-          x[r] = exponential(x[r] * scale + rows_bias[r] - rows_lse[r]);
-          dx[r] = x[r] * (dx[r] - rows_delta[r]);
-        }
-        if (partly)
-          for (int64_t r = 0; r < rows; ++r)
-            if (j >= limits[r] || (p.documents && !p.sees(head, kb, j, positions[r]))) x[r] = dx[r] = 0;
-      }
-      gemm(w, d, wide, weights, rows_dout, block_dv, true);
-      gemm(w, d, wide, dlogits, rows_q, block_dk, true);
-      gemm(d, wide, w, kt + at, dlogits, turned_dq, false);
-      transpose(turned_dq, d, wide, rows_dq, d);
-      if (dbias) {
-        std::fill_n(rows_dbias, rows, T(0));
-        for (int64_t j = 0; j < w; ++j)
-          for (int64_t r = 0; r < rows; ++r) rows_dbias[r] += dlogits[j * wide + r];
-      }
-      for (const Part* part = parts; part != parts + count; ++part) {
+      tile.gather(p, head, kb, q, dout, bias, lse, delta, list, end, place, first);
+      if (tile.rows > 0) tile.multiply(p, head, kb, bias != nullptr, k + at, kt + at, v + at, block_dk, block_dv);
+      for (const auto* part = tile.parts; part != tile.parts + tile.count; ++part) {
         int64_t owner = head * p.q_blocks + part->qb;
-        while (turn_of[owner].load(std::memory_order_acquire) != part->rank) std::this_thread::yield();
+        while (added[owner].load(std::memory_order_acquire) != part->rank) std::this_thread::yield();
         p.runs(head, part->qb, part->first, part->n, [&](int64_t to, int64_t run, int64_t where) {
-          const T* source = rows_dq + (part->begin + where) * d;
+          const T* source = tile.dq.data() + (part->begin + where) * d;
           for (int64_t i = 0; i < run * d; ++i) dq[to * d + i] += source[i] * scale;
         });
-        if (dbias) {
-          T& sum = dbias[owner * p.k_blocks + kb];
-          sum = std::accumulate(rows_dbias + part->begin, rows_dbias + part->begin + part->n, sum);
-        }
-        if (part->first + part->n == p.rows(part->qb)) turn_of[owner].store(part->rank + 1, std::memory_order_release);
+        const T* rows = tile.dbias + part->begin;
+        if (dbias) dbias[owner * p.k_blocks + kb] += std::accumulate(rows, rows + part->n, T(0));
+        if (part->last) added[owner].store(part->rank + 1, std::memory_order_release);
       }
     }
     for (int64_t j = 0; j < std::min(w, p.keys - kb * w); ++j) {
-      int64_t to = (((head / p.kv_heads * p.keys) + kb * w + j) * p.kv_heads + head % p.kv_heads) * d;
+      int64_t to = ((head / p.kv_heads * p.keys + kb * w + j) * p.kv_heads + head % p.kv_heads) * d;
       for (int64_t i = 0; i < d; ++i) dk[to + i] = static_cast<I>(block_dk[j * d + i] * scale);
       convert(block_dv + j * d, d, dv + to);
     }
@@ -477,19 +535,27 @@ void dispatch(const Tensor& q, const F& f) {
 Problem problem(const Tensor& q, const Tensor& k, int64_t query_block, int64_t block, bool causal, double scale,
                 const std::optional<Tensor>& documents) {
   int64_t queries = q.size(1), keys = k.size(1), kv_heads = k.size(2);
-  return {q.size(0) * kv_heads,
-          kv_heads,
-          q.size(2) / kv_heads,
-          q.size(3),
-          queries,
-          keys,
-          (queries + query_block - 1) / query_block,
-          (keys + block - 1) / block,
-          query_block,
-          block,
-          causal,
-          scale,
-          pointer<int64_t>(documents)};
+  Problem p{.heads = q.size(0) * kv_heads,
+            .kv_heads = kv_heads,
+            .group = q.size(2) / kv_heads,
+            .head_dim = q.size(3),
+            .queries = queries,
+            .keys = keys,
+            .q_blocks = (queries + query_block - 1) / query_block,
+            .k_blocks = (keys + block - 1) / block,
+            .query_block = query_block,
+            .block = block,
+            .causal = causal,
+            .scale = scale,
+            .documents = pointer<int64_t>(documents)};
+  if (p.documents)
+    for (int64_t row = 0; row < q.size(0) * keys; row += keys)
+      for (int64_t first = 0; first < keys; first += block) {
+        const int64_t* ids = p.documents + row + first;
+        auto [low, high] = std::minmax_element(ids, ids + std::min(block, keys - first));
+        p.ranges.emplace_back(*low, *high);
+      }
+  return p;
 }
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
