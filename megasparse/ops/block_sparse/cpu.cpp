@@ -94,11 +94,42 @@ inline float exponential(float x) {
 
 inline double exponential(double x) { return std::exp(x); }
 
+// [8, 8] of 4 bytes each, in registers: pairs, fours and eights of rows trade halves.
 template <typename T>
-void transpose(const T* source, int64_t rows, int64_t columns, T* target, int64_t width) {
-  for (int64_t r0 = 0; r0 < rows; r0 += 16)
-    for (int64_t c = 0; c < columns; ++c)
-      for (int64_t r = r0; r < std::min(r0 + 16, rows); ++r) target[c * width + r] = source[r * columns + c];
+void transpose_8x8(const T* source, int64_t columns, T* target, int64_t width) {
+  typedef T Row __attribute__((vector_size(32), aligned(4)));
+  Row a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const Row*>(source + i * columns);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = i; j < i + 2; ++j) {
+      a[j] = __builtin_shufflevector(b[j], b[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[j + 2] = __builtin_shufflevector(b[j], b[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; ++i) {
+    *reinterpret_cast<Row*>(target + i * width) = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    *reinterpret_cast<Row*>(target + (i + 4) * width) =
+        __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// [rows, columns] -> [columns, rows]
+template <typename T>
+void transpose(const T* source, int64_t rows, int64_t columns, T* target) {
+  int64_t even_rows = sizeof(T) == 4 ? rows / 8 * 8 : 0, even_columns = columns / 8 * 8;
+  for (int64_t r = 0; r < rows; r += 8)
+    for (int64_t c = 0; c < columns; c += 8) {
+      if constexpr (sizeof(T) == 4)
+        if (r < even_rows && c < even_columns) {
+          transpose_8x8(source + r * columns + c, columns, target + c * rows + r, rows);
+          continue;
+        }
+      for (int64_t i = r; i < std::min(r + 8, rows); ++i)
+        for (int64_t j = c; j < std::min(c + 8, columns); ++j) target[j * rows + i] = source[i * columns + j];
+    }
 }
 
 // [rows, columns] -> the second operand [columns, rows] of ``gemm``.
@@ -106,7 +137,7 @@ template <typename E>
 void turn(const E* source, int64_t rows, int64_t columns, E* target) {
   using Unit = std::conditional_t<std::is_same_v<E, BFloat16>, uint32_t, E>;  // of bfloat16 pairs stay together
   transpose(reinterpret_cast<const Unit*>(source), rows, static_cast<int64_t>(columns * sizeof(E) / sizeof(Unit)),
-            reinterpret_cast<Unit*>(target), rows);
+            reinterpret_cast<Unit*>(target));
 }
 
 template <typename A, typename B>
@@ -471,7 +502,7 @@ struct Tile {
     gemm(w, d, wide, weights.data(), dout.data(), dv, true);
     gemm(w, d, wide, dlogits.data(), q.data(), dk, true);
     gemm(d, wide, w, kt, dlogits.data(), turned_dq.data(), false);
-    transpose(turned_dq.data(), d, wide, dq.data(), d);
+    transpose(turned_dq.data(), d, wide, dq.data());
   }
 };
 
