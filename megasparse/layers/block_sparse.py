@@ -71,10 +71,14 @@ class BlockSparseAttention(CoreAttention):
             return self._learn_clusters(output, q, k)
         gated = self.gate(q, k, self.grid.block_size) if self.gate is not None else None
         score = score or self.score(q, k, gated, part.before)
-        mask = self.select(q, k, self.grid.blocks(k.shape[1]) if budget is None else budget, score)
+        if budget is None:  # the gate learns from all blocks; attention takes them in lists of many queries, faster
+            mask = self._all(q, k, 1)
+            attended = self._all(q, k, self.grid.block_size if part.start % self.grid.block_size == 0 else 1)
+        else:
+            mask = attended = self.select(q, k, budget, score)
         first, last = self.grid.own(q.shape[1], part.start, k.device)
         masked = {"scale": self.scale, "document_ids": part.document_ids}
-        output, lse = block_sparse_attention(q, k, v, mask, return_lse=True, **masked)
+        output, lse = block_sparse_attention(q, k, v, attended, return_lse=True, **masked)
         if self.training:
             self.state.count_blocks(
                 mask.count.sum(), (last + 1).clamp(max=mask.num_key_blocks).sum() * len(k) * k.shape[2]
@@ -86,6 +90,10 @@ class BlockSparseAttention(CoreAttention):
             loss = gate_loss(gated[0], gated[1], mask, mass, first) / share
             output = self._add_loss(output, "gate_loss", loss, self.sparse.gate_loss_coefficient)
         return self._learn_clusters(output.transpose(1, 2), q, k)
+
+    def _all(self, q: Tensor, k: Tensor, query_block_size: int) -> BlockMask:
+        blocks = self.grid.blocks(k.shape[1])
+        return selectors.local(Grid(self.grid.block_size, query_block_size, blocks, 0), q, k)
 
     def _learn_clusters(self, output: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Queries, and keys of the same tokens: each token counts once, on the rank that has it."""

@@ -11,6 +11,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
+from megasparse.layers.attention import Part
 from megasparse.layers.block_sparse import BlockSparseAttention
 from megasparse.layers.gate import AttentionGate, gate_loss, pooled_keys
 from megasparse.layers.selectors import CHUNK, Grid
@@ -91,6 +92,33 @@ def test_loss_and_its_gradients_one_list_at_a_time(chunk: int, monkeypatch: pyte
     assert_close(gradients, (3 * expected @ keys, 3 * expected.mT @ queries), 1e-9)
     with torch.no_grad():
         assert gate_loss(queries, keys, mask, mass, first) == loss
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("start", [0, 16, 20])
+def test_a_dense_phase_is_dense_attention(start: int, documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a part of a sequence, wherever it starts; and the gate's loss is over each query's list of all its blocks."""
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+    state = StepState()
+    state.begin(0, 10, 1)
+    dense, sparse = modules(state, selector="gate", blocks=4, dense_start=0.5, gate_dim=8)
+    q, k = (x.float() for x in tensors())
+    part = Part(start, (torch.arange(75) // 20).expand(2, -1) if documents else None)
+    inputs = [x.transpose(1, 2).requires_grad_() for x in (q[:, start:], k, k.flip(1))]
+    output, expected = (module._attend(*inputs, part) for module in (sparse, dense))
+    assert_close(output, expected, 1e-6)
+    weights = torch.randn_like(output)
+    gradients = (torch.autograd.grad(x, inputs, weights) for x in (output, expected))
+    assert_close(*gradients, 1e-5)
+
+    assert sparse.gate is not None
+    gated = sparse.gate(q[:, start:], k, 8)
+    mask = sparse.select(q[:, start:], k, 10, sparse.score(q[:, start:], k, gated))
+    options: Any = {"scale": sparse.scale, "document_ids": part.document_ids, "backend": "naive"}
+    _, lse = block_sparse_attention(q[:, start:], k, k, mask, return_lse=True, **options)
+    mass = block_mass(q[:, start:], k, lse, mask, **options)
+    loss = gate_loss(*gated, mask, mass, torch.arange(start, 75) // 8) / (2 * KV_HEADS * 75)
+    assert float(state.means["gate_loss"]) == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_it_learns_to_find_what_attention_finds(monkeypatch: pytest.MonkeyPatch) -> None:
