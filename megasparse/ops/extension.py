@@ -11,17 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root, include_paths, library_paths
 
-FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-strict-aliasing",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-]
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"]
 
 
 def load(source: Path) -> None:

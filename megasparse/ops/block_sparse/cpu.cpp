@@ -97,7 +97,7 @@ inline double exponential(double x) { return std::exp(x); }
 // [8, 8] of 4 bytes each, in registers: pairs, fours and eights of rows trade halves.
 template <typename T>
 void transpose_8x8(const T* source, int64_t columns, T* target, int64_t width) {
-  typedef T Row __attribute__((vector_size(32), aligned(4)));
+  typedef T Row __attribute__((vector_size(32), aligned(4), may_alias));
   Row a[8], b[8];
   for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const Row*>(source + i * columns);
   for (int i = 0; i < 8; i += 2) {
@@ -128,7 +128,8 @@ void transpose(const T* source, int64_t rows, int64_t columns, T* target) {
           continue;
         }
       for (int64_t i = r; i < std::min(r + 8, rows); ++i)
-        for (int64_t j = c; j < std::min(c + 8, columns); ++j) target[j * rows + i] = source[i * columns + j];
+        for (int64_t j = c; j < std::min(c + 8, columns); ++j)
+          std::memcpy(target + j * rows + i, source + i * columns + j, sizeof(T));  // of two bfloat16, perhaps
     }
 }
 
