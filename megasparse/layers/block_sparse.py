@@ -72,8 +72,7 @@ class BlockSparseAttention(CoreAttention):
         gated = self.gate(q, k, self.grid.block_size) if self.gate is not None else None
         score = score or self.score(q, k, gated, part.before)
         if budget is None:  # the gate learns from all blocks; attention takes them in lists of many queries, faster
-            mask = self._all(q, k, 1)
-            attended = self._all(q, k, self.grid.block_size if part.start % self.grid.block_size == 0 else 1)
+            mask, attended = self._all(q, k, 1), self._all(q, k, self.grid.block_size)
         else:
             mask = attended = self.select(q, k, budget, score)
         first, last = self.grid.own(q.shape[1], part.start, k.device)
