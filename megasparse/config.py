@@ -8,6 +8,7 @@ Megatron-LM where it has the same number, else those of the paper named beside t
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -225,6 +226,21 @@ class Model(Section):
             return [True] * self.num_layers
         return [bool(flag) for flag in self.sparse_attention.layers]
 
+    @property
+    def linear_weights(self) -> list[str]:
+        """Names of the matrices that can be 2:4: of attention, MLPs and experts."""
+        names = []
+        for index, moe in enumerate(self.moe_layers):
+            attention, mlp = (f"decoder.layers.{index}.{part}" for part in ("self_attention", "mlp"))
+            names += [f"{attention}.linear_qkv.weight", f"{attention}.linear_proj.weight"]
+            if moe:
+                names += [f"{mlp}.experts.{name}" for name in ("w1", "w2", "w3")]
+                if self.moe and self.moe.shared_expert_ffn_hidden_size:
+                    names += [f"{mlp}.shared_experts.{name}.weight" for name in ("linear_fc1", "linear_fc2")]
+            else:
+                names += [f"{mlp}.linear_fc1.weight", f"{mlp}.linear_fc2.weight"]
+        return names
+
     @model_validator(mode="after")
     def _check(self) -> Model:
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -255,6 +271,67 @@ class Model(Section):
             if self.activation != "swiglu" or self.bias == "all":
                 raise ValueError("moe experts are bias-free SwiGLU: set activation=swiglu and bias to none or qkv")
         return self
+
+
+class WeightSparsity(Section):
+    """2:4 weights: of every four in a row, two at most take part in the forward pass (sparsity/)."""
+
+    method: Literal["ste", "sr_ste", "s_ste", "asp"]
+    """ste: the mask follows the weights, and every weight gets the gradient of its place in the product. sr_ste: the
+    same, and what is masked decays (Zhou et al. 2021; before Adam: 2by4). s_ste: soft thresholding, continuous in the
+    weights (S-STE). asp: dense up to dense_start, then one mask to the end (Mishra et al. 2021)."""
+    targets: list[str] = [r"\.mlp\.(linear|experts|shared_experts)"]
+    """Regular expressions, searched for in the names of Model.linear_weights: what becomes 2:4. Default: MLPs."""
+    mask: Literal["transposable", "row"] | None = None
+    """transposable: two of four in rows and columns, so that the product for the input's gradient is 2:4 as well.
+    None: transposable for sr_ste, row for the others."""
+    search: Literal["exact", "greedy"] = "exact"  # of transposable masks (ops.two_four.transposable_mask)
+    refresh_interval: PositiveInt | None = None  # optimizer steps between masks; None: 1 for ste, 40 for others (2by4)
+    decay: NonNegative | None = None  # sr_ste: what is added to the gradient of a masked weight, times the weight
+    decay_ramp: Fraction = 0.0  # share of the run's steps, after dense_start, in which it grows from 0 (AST)
+    dense_start: Fraction = 0.0  # share of the run's steps, at its beginning, with dense weights
+    dense_end: Fraction = 0.0  # and at its end
+
+    @property
+    def transposable(self) -> bool:
+        return (self.mask or ("transposable" if self.method == "sr_ste" else "row")) == "transposable"
+
+    @property
+    def interval(self) -> int:
+        return self.refresh_interval or (1 if self.method == "ste" else 40)
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightSparsity:
+        if self.dense_start + self.decay_ramp + self.dense_end > 1:
+            raise ValueError(
+                f"dense_start={self.dense_start} + decay_ramp={self.decay_ramp} + dense_end={self.dense_end} "
+                "are more than the run"
+            )
+        if self.method == "sr_ste" and self.decay is None:
+            raise ValueError("method=sr_ste needs decay: 6e-5 to 2e-4 for GPT-2 (2by4), tools/find_decay.py finds it")
+        for field, value, methods in (
+            ("decay", self.decay, ["sr_ste"]),
+            ("decay_ramp", self.decay_ramp or None, ["sr_ste"]),
+            ("refresh_interval", self.refresh_interval if self.method == "asp" else None, []),
+            ("mask", self.mask if self.method == "s_ste" else None, []),
+            ("dense_end", (self.dense_end or None) if self.method == "s_ste" else None, []),
+        ):
+            if value is not None and self.method not in methods:
+                raise ValueError(f"{field}={value} with method={self.method}: it has none, unset it")
+        if self.method == "asp" and self.dense_start == 0:
+            raise ValueError("method=asp prunes a trained model: set dense_start, the share of the run before that")
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(f"targets: {target!r} is not a regular expression: {error}") from None
+        return self
+
+
+class Sparsity(Section):
+    """What of the weights is sparse."""
+
+    weights: WeightSparsity | None = None
 
 
 class Optimizer(Section):
@@ -340,6 +417,7 @@ class Recipe(Section):
     data: Data
     model: Model
     training: Training
+    sparsity: Sparsity = Sparsity()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     parallel: Parallel = Parallel()
@@ -353,9 +431,21 @@ class Recipe(Section):
     def total_tokens(self) -> int:
         return self.training.steps * self.tokens_per_step
 
+    @property
+    def sparse_weights(self) -> list[str]:
+        """Names of the weights that are 2:4."""
+        weights = self.sparsity.weights
+        targets = weights.targets if weights else []
+        return [name for name in self.model.linear_weights if any(re.search(target, name) for target in targets)]
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         model, data, training = self.model, self.data, self.training
+        for target in self.sparsity.weights.targets if self.sparsity.weights else []:
+            if not any(re.search(target, name) for name in model.linear_weights):
+                raise ValueError(
+                    f"sparsity.weights.targets: {target!r} is in no name of {', '.join(model.linear_weights)}"
+                )
         if training.global_batch_size % training.micro_batch_size:
             raise ValueError(
                 f"training.global_batch_size={training.global_batch_size} is not divisible by "

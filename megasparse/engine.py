@@ -24,11 +24,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megasparse import platform
+from megasparse import platform, schedule
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
 from megasparse.layers.step import StepState, attention_observations, auxiliary_losses
 from megasparse.model import GPTModel, Weight, local_weights, moe_layers
+from megasparse.sparsity.weight import Refresh, sparse_weights
 from megasparse.topology import MegatronMPU, Topology
 
 
@@ -46,6 +47,9 @@ class StepResult:
     attention: dict[str, float]
     """Of block-sparse layers: ``block_density``, the share of causal key blocks that they saw, and what
     layers.step.attention_observations names. Empty where attention was dense."""
+    sparsity: dict[str, float]
+    """Of 2:4 weights whose masks were made anew: ``mass_kept``, the share of the sum of magnitudes that they keep, and
+    ``flip_rate``, the share of places that changed since the masks before. Else empty."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,17 @@ class Fragment:
     state: dict[str, Tensor]  # Adam's exp_avg and exp_avg_sq; empty before the first step
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Of a weight in AdamW: elements ``offset`` .. ``offset + size`` of the flattened ``owner``, one of its parameters,
+    are those from ``start`` on of the flattened local weight."""
+
+    owner: Tensor
+    offset: int
+    start: int
+    size: int
+
+
 class Engine:
     """The model of this rank under DeepSpeed: ``train_step``, ``evaluate``, and the module for checkpoints."""
 
@@ -68,7 +83,7 @@ class Engine:
         self.config: Any = chunks[0].config
         if recipe.training.precision == "fp16":
             platform.allow_fp16()
-        optimizer = torch.optim.AdamW(
+        self.adam = torch.optim.AdamW(
             parameter_groups(chunks, recipe.optimizer.weight_decay),
             lr=recipe.optimizer.lr,
             betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
@@ -78,7 +93,7 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory readings
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
                 model=chunks,
-                optimizer=optimizer,  # type: ignore[arg-type]
+                optimizer=self.adam,  # type: ignore[arg-type]
                 config=deepspeed_config(recipe, topology),
                 mpu=MegatronMPU(),
             )
@@ -92,6 +107,8 @@ class Engine:
             self.config.grad_scale_func = lambda loss: loss * self.optimizer.loss_scale
         self.before_step: Callable[[], None] | None = None  # to look at gradients: reduced, not yet clipped
         self._moe = moe_layers(chunks)
+        self._sparse = {sparse.weight[0]: sparse for sparse in sparse_weights(chunks)}
+        self.adam.register_step_pre_hook(self._decay_masked)
         self._partial = [
             weight.tensor
             for weight in local_weights(chunks, topology)
@@ -108,11 +125,12 @@ class Engine:
         """One optimizer step (``step`` counts from 0) on this rank's micro-batches."""
         self.chunks.train()
         self.step_state.begin(step, self.recipe.training.steps, len(batches))
+        refresh = self._refresh_masks(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         tokens = self._loss_tokens(batches)
         losses = self._forward_backward(batches, scale=self.topology.replicas / tokens)
-        statistics = self._reduce_statistics(losses, tokens)
+        statistics = self._reduce_statistics(losses, tokens, refresh)
         loss_scale = self.loss_scale()
         self._norm = self._gradient_norm()
         finite = math.isfinite(statistics.loss) and math.isfinite(self._norm)
@@ -132,7 +150,16 @@ class Engine:
             expert_tokens=statistics.expert_tokens[is_moe],
             dropped_fraction=statistics.dropped / routed if routed else 0.0,
             attention=statistics.attention,
+            sparsity=statistics.sparsity,
         )
+
+    def _refresh_masks(self, step: int) -> Refresh:
+        """Make the masks of 2:4 weights anew where they are due; returns this rank's share in what changed."""
+        total = Refresh()
+        for weight, sparse in self._sparse.items():
+            copies = self.topology.replicas if getattr(weight, "allreduce", True) else self.topology.expert_dp
+            total.add(sparse.begin_step(step, self.recipe.training.steps), 1 / copies)
+        return total
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -235,6 +262,22 @@ class Engine:
             self.optimizer.zero_grad()
         self.chunks.zero_grad()
 
+    def _decay_masked(self, adam: torch.optim.Optimizer, *_: Any) -> None:
+        """Right before ``adam`` steps: the decay of masked weights becomes a part of the gradient. Under ZeRO it steps
+        one of its groups at a time."""
+        sparsity = self.recipe.sparsity.weights
+        decay = schedule.mask_decay(self.step_state.progress, sparsity) if sparsity else 0.0
+        if decay == 0:
+            return
+        stepping = {parameter for group in adam.param_groups for parameter in group["params"]}
+        for weight, sparse in self._sparse.items():
+            place = self._place_in_adam(weight)
+            if place is not None and place.owner in stepping:
+                part = slice(place.offset, place.offset + place.size)
+                assert place.owner.grad is not None
+                gradient, master = place.owner.grad.view(-1)[part], place.owner.detach().view(-1)[part]
+                sparse.add_decay(gradient, master, place.start, decay)
+
     def _bf16_step(self) -> None:
         """BF16_Optimizer's step without its norm: gradients are clipped and known to be finite."""
         bf16 = self.optimizer
@@ -256,34 +299,35 @@ class Engine:
         all of it. The last stage's copy of a tied embedding is among them."""
         for weight in local_weights(self.chunks, self.topology):
             parameter: Any = weight.tensor
-            if self.recipe.parallel.zero_stage == 0:
-                gradient = None if parameter.grad is None else parameter.grad.view(-1)
-                state = self._flat_state(parameter, parameter, 0, parameter.numel())
-                yield Fragment(weight, 0, parameter.detach().view(-1), gradient, state)
-            elif parameter._hp_mapping is not None:
-                link = parameter._hp_mapping
-                start, size = link.hp_fragment_address.start, link.hp_fragment_address.numel
-                flat = self._flat_partition(link.param_group_index)
-                yield Fragment(
-                    weight,
-                    link.lp_fragment_address.start,
-                    flat.detach().narrow(0, start, size),
-                    self._fragment_gradient(parameter),
-                    self._flat_state(flat, flat, start, size),
-                )
+            place = self._place_in_adam(parameter)
+            if place is not None:
+                part = slice(place.offset, place.offset + place.size)
+                state = {
+                    name: value.detach().view(-1)[part]
+                    for name, value in self.adam.state.get(place.owner, {}).items()
+                    if torch.is_tensor(value) and value.shape == place.owner.shape
+                }
+                master = place.owner.detach().view(-1)[part]
+                yield Fragment(weight, place.start, master, self._fragment_gradient(parameter), state)
 
-    def _flat_partition(self, group: int) -> Tensor:
-        """This rank's fp32 master weights of an optimizer group."""
-        if self._partitioned:
-            return self.optimizer.single_partition_of_fp32_groups[group]
-        return self.optimizer.fp32_groups_flat_partition[group]
-
-    def _flat_state(self, key: Any, like: Tensor, start: int, size: int) -> dict[str, Tensor]:
-        adam: Any = self.optimizer if self.recipe.parallel.zero_stage == 0 else self.optimizer.optimizer
-        state = {k: v for k, v in adam.state.get(key, {}).items() if torch.is_tensor(v) and v.shape == like.shape}
-        return {name: value.detach().view(-1).narrow(0, start, size) for name, value in state.items()}
+    def _place_in_adam(self, parameter: Any) -> _Place | None:
+        """Where AdamW holds this rank's part of a parameter; None where it has no part of it."""
+        if self.recipe.parallel.zero_stage == 0:
+            return _Place(parameter, 0, 0, parameter.numel())
+        link = parameter._hp_mapping
+        if link is None:
+            return None
+        group, there = link.param_group_index, link.hp_fragment_address
+        flat = (
+            self.optimizer.single_partition_of_fp32_groups
+            if self._partitioned
+            else self.optimizer.fp32_groups_flat_partition
+        )
+        return _Place(flat[group], there.start, link.lp_fragment_address.start, there.numel)
 
     def _fragment_gradient(self, parameter: Any) -> Tensor | None:
+        if self.recipe.parallel.zero_stage == 0:
+            return None if parameter.grad is None else parameter.grad.view(-1)
         link = parameter._hp_mapping
         group, there = link.param_group_index, link.hp_fragment_address
         if not self._partitioned:  # DeepSpeed's bf16 optimizer keeps the whole local gradient, from the first one on
@@ -333,7 +377,7 @@ class Engine:
         own = sum(batch.loss_mask.sum().item() for batch in batches)
         return max(self._all_reduce([own], self.topology.replica_group)[0] / self.topology.cp, 1.0)
 
-    def _reduce_statistics(self, losses: list[Tensor], tokens: float) -> _Statistics:
+    def _reduce_statistics(self, losses: list[Tensor], tokens: float, refresh: Refresh) -> _Statistics:
         """The global batch's statistics from every rank's part: one all-reduce over the world."""
         model, moe = self.recipe.model, self.recipe.model.moe
         losses_of_layers = auxiliary_losses(model)
@@ -344,8 +388,9 @@ class Engine:
         own_loss = sum(loss.item() for loss in losses) / tokens if self._reports_loss else 0.0
         own_means = [float(self.step_state.means.get(name, 0.0)) / self.topology.dp for name in names]
         own_blocks = [float(self.step_state.blocks.get(name, 0.0)) for name in ("listed", "all")]
-        sums = self._all_reduce([own_loss, *own_blocks, *own_means, *counts.flatten().tolist()], None)
-        loss, listed, blocks, *rest = sums
+        own_masks = [refresh.flipped, refresh.compared, refresh.kept, refresh.all]
+        sums = self._all_reduce([own_loss, *own_blocks, *own_masks, *own_means, *counts.flatten().tolist()], None)
+        loss, listed, blocks, flipped, compared, kept, all_, *rest = sums
         counts = torch.tensor(rest[len(names) :], dtype=torch.float64).view(counts.shape).long()
         means = dict(zip(names, rest, strict=False))
         auxiliary = {name: means.pop(name) for name in losses_of_layers}
@@ -355,6 +400,10 @@ class Engine:
             expert_tokens=counts[:, :-1],
             dropped=int(counts[:, -1].sum()),
             attention={"block_density": listed / blocks, **means} if blocks else {},
+            sparsity={
+                **({"mass_kept": kept / all_} if all_ else {}),
+                **({"flip_rate": flipped / compared} if compared else {}),
+            },
         )
 
     def _all_reduce(self, values: list[float], group: dist.ProcessGroup | None) -> list[float]:
@@ -372,6 +421,7 @@ class _Statistics:
     expert_tokens: Tensor  # [layers, experts] int64
     dropped: int
     attention: dict[str, float]
+    sparsity: dict[str, float]
 
 
 def parameter_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, Any]]:

@@ -201,12 +201,16 @@ QUALITY = [
     _Shown("dropped_fraction", "dropped", "{:.1f}%", 100),
     _Shown("block_density", "blocks", "{:.1f}%", 100),
     _Shown("attention_recall", "recall", "{:.1f}%", 100),
+    _Shown("flip_rate", "flips", "{:.2f}%", 100),
+    _Shown("mass_kept", "mass", "{:.1f}%", 100),
 ]
 PANELS = {  # under the loss in the picture: label, colour, least value of the axis
     "learning_rate": ("learning rate", "#08519c", 0),
     "expert_load": ("expert load\nmax / mean", "#31a354", 1),
     "block_density": ("attention\nblocks seen", "#756bb1", 0),
     "attention_recall": ("attention\nrecalled", "#dd1c77", 0),
+    "flip_rate": ("2:4 masks\nflipped", "#636363", 0),
+    "mass_kept": ("weight mass\nkept", "#8c6d31", 0),
 }
 SPEED = [_Shown("tokens_per_second", "tok/s", "{:,.0f}"), _Shown("mfu", "mfu", "{:.1f}%", 100)]
 

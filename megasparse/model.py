@@ -26,14 +26,16 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megasparse import platform
-from megasparse.config import Model, Recipe
+from megasparse.config import Model, Recipe, WeightSparsity
 from megasparse.layers.attention import CoreAttention, PostNormSelfAttention
 from megasparse.layers.block_sparse import BlockSparseAttention
+from megasparse.layers.linear import SparseColumnParallelLinear, SparseRowParallelLinear
 from megasparse.layers.moe import MoELayer, PostNormMLP, PostNormMoELayer
 from megasparse.layers.norms import FullWidthRMSNorm, HeadRMSNorm, LayerNorm, RMSNorm
 from megasparse.layers.nsa import Branches, NativeSparseAttention, PostNormBranches
 from megasparse.layers.rope import RotaryEmbedding, attention_factor
 from megasparse.layers.step import StepState
+from megasparse.sparsity.weight import SparseWeight
 from megasparse.topology import Topology, stage_layers
 
 # It warns, layer by layer, of every mlp that is not one of its own classes.
@@ -99,7 +101,7 @@ def build_model(recipe: Recipe, topology: Topology, vocab_size: int) -> tuple[nn
     for vp_stage in range(topology.vp):
         stage = vp_stage * topology.pp + topology.pp_rank
         first = sum(counts[:stage])
-        layers = [layer_spec(model, index, topology, state) for index in range(first, first + counts[stage])]
+        layers = [layer_spec(recipe, index, topology, state) for index in range(first, first + counts[stage])]
         chunk = GPTModel(
             config,
             model,
@@ -186,17 +188,18 @@ def norm_of(model: Model) -> type:
     return RMSNorm if model.normalization == "RMSNorm" else LayerNorm
 
 
-def layer_spec(model: Model, index: int, topology: Topology, state: StepState) -> ModuleSpec:
+def layer_spec(recipe: Recipe, index: int, topology: Topology, state: StepState) -> ModuleSpec:
     """The transformer layer ``index`` (from 0)."""
+    model, linears = recipe.model, Linears(recipe, index)
     post = model.norm_placement == "post"
     input_norm = IdentityOp if post else norm_of(model)
     attention = ModuleSpec(
         module=_self_attention(model, index, post),
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=linears.column("self_attention.linear_qkv"),
             core_attention=_core_attention(model, index, topology, state),
-            linear_proj=RowParallelLinear,
+            linear_proj=linears.row("self_attention.linear_proj"),
             q_layernorm=_qk_norm(model, model.num_attention_heads),
             k_layernorm=_qk_norm(model, model.kv_heads),
         ),
@@ -204,13 +207,17 @@ def layer_spec(model: Model, index: int, topology: Topology, state: StepState) -
     if model.moe is not None and model.moe_layers[index]:
         mlp = ModuleSpec(
             module=PostNormMoELayer if post else MoELayer,
-            params={"moe": model.moe, "topology": topology, "state": state},
+            params={
+                **{"moe": model.moe, "topology": topology, "state": state},
+                "sparsity": linears.experts(),
+                "shared": linears.mlp("mlp.shared_experts"),
+            },
         )
     else:
         mlp = ModuleSpec(
             module=PostNormMLP if post else MLP,
             params={"ffn_hidden_size": model.ffn_size},
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            submodules=linears.mlp("mlp"),
         )
     return ModuleSpec(
         module=TransformerLayer,
@@ -223,6 +230,41 @@ def layer_spec(model: Model, index: int, topology: Topology, state: StepState) -
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The linear layers of transformer layer ``index``: sparse where the recipe says so."""
+
+    recipe: Recipe
+    index: int
+
+    def column(self, name: str) -> Any:
+        return self._linear(name, ColumnParallelLinear, SparseColumnParallelLinear)
+
+    def row(self, name: str) -> Any:
+        return self._linear(name, RowParallelLinear, SparseRowParallelLinear)
+
+    def mlp(self, name: str) -> MLPSubmodules:
+        return MLPSubmodules(linear_fc1=self.column(f"{name}.linear_fc1"), linear_fc2=self.row(f"{name}.linear_fc2"))
+
+    def experts(self) -> dict[str, WeightSparsity]:
+        """Of the experts' weights w1, w2, w3, those that are sparse, and how."""
+        found = {weight: self._sparsity(f"mlp.experts.{weight}") for weight in ("w1", "w2", "w3")}
+        return {weight: sparsity for weight, sparsity in found.items() if sparsity is not None}
+
+    def _linear(self, name: str, dense: type, sparse: type) -> Any:
+        sparsity = self._sparsity(f"{name}.weight")
+        if sparsity is None:
+            return dense
+        return ModuleSpec(module=sparse, params={"name": f"{self._layer}.{name}", "sparsity": sparsity})
+
+    def _sparsity(self, weight: str) -> WeightSparsity | None:
+        return self.recipe.sparsity.weights if f"{self._layer}.{weight}" in self.recipe.sparse_weights else None
+
+    @property
+    def _layer(self) -> str:
+        return f"decoder.layers.{self.index}"
 
 
 def _self_attention(model: Model, index: int, post: bool) -> type:
@@ -320,14 +362,17 @@ def local_weights(chunks: nn.ModuleList, topology: Topology) -> Iterator[Weight]
             yield Weight(whole, parameter, *_place(parameter, topology, rows), copy=shared)
 
 
-def local_buffers(chunks: nn.ModuleList) -> Iterator[tuple[str, Tensor]]:
-    """The persistent buffers of this process (router biases and loads), under their names in the whole model: every
-    tensor-, context- and data-parallel rank of the stage holds the same."""
+def local_buffers(chunks: nn.ModuleList, topology: Topology) -> Iterator[Weight]:
+    """The persistent buffers of this process, under their names in the whole model. Those of a sparse weight are split
+    as it is; every tensor-, context- and data-parallel rank of the stage holds the same of the others (router biases
+    and loads)."""
     for chunk in chunks:
         persistent = chunk.state_dict(keep_vars=True)
-        for name, buffer in chunk.named_buffers():
-            if name in persistent:
-                yield _global_name(chunk, name), buffer
+        for path, module in chunk.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                full = f"{path}.{name}"
+                if full in persistent:
+                    yield Weight(_global_name(chunk, full), buffer, *_place_beside(buffer, module, topology))
 
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # their rows are padded to a multiple of tp
@@ -365,6 +410,19 @@ def _place(parameter: Any, topology: Topology, rows: int | None) -> tuple[tuple[
     if rows is not None:
         whole[0] = rows
     return tuple(whole), tuple(slab for slab in slabs if math.prod(slab.shape))
+
+
+def _place_beside(buffer: Tensor, module: nn.Module, topology: Topology) -> tuple[tuple[int, ...], tuple[Slab, ...]]:
+    """Of a buffer: the place of the weight beside it where it has a number for each element of that, or for each of
+    its experts; else all of it is here."""
+    if isinstance(module, SparseWeight):
+        weight = module.weight[0]
+        shape, slabs = _place(weight, topology, None)
+        if buffer.shape == weight.shape:
+            return shape, slabs
+        if weight.dim() == 3:
+            return shape[:1], (Slab(0, slabs[0].shape[:1], slabs[0].offsets[:1]),)
+    return tuple(buffer.shape), (Slab(0, tuple(buffer.shape), (0,) * buffer.dim()),)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megasparse.config import Optimizer, Schedule, SparseAttention
+    from megasparse.config import Optimizer, Schedule, SparseAttention, WeightSparsity
 
 
 def learning_rate(tokens: int, optimizer: Optimizer, schedule: Schedule, total_tokens: int) -> float:
@@ -48,3 +48,16 @@ def attention_blocks(progress: float, sparse: SparseAttention, all_blocks: int) 
     blocks = sparse.blocks or all_blocks
     ramped = (progress - sparse.dense_start) / sparse.ramp if sparse.ramp else 1.0
     return round(all_blocks + (blocks - all_blocks) * min(1.0, ramped))
+
+
+def weights_are_sparse(progress: float, sparsity: WeightSparsity) -> bool:
+    """Are weights 2:4 at ``progress``, the share of the run's steps that are done with this one?"""
+    return sparsity.dense_start < progress <= 1 - sparsity.dense_end
+
+
+def mask_decay(progress: float, sparsity: WeightSparsity) -> float:
+    """The decay of masked weights at ``progress``: 0 where weights are dense."""
+    if sparsity.decay is None or not weights_are_sparse(progress, sparsity):
+        return 0.0
+    ramped = (progress - sparsity.dense_start) / sparsity.decay_ramp if sparsity.decay_ramp else 1.0
+    return sparsity.decay * min(1.0, ramped)

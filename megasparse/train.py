@@ -136,6 +136,7 @@ def step_metrics(result: StepResult, rate: float, tokens_seen: int) -> dict[str,
         "tokens": tokens_seen,
         **result.aux_losses,
         **result.attention,
+        **result.sparsity,
     }
     if len(result.expert_tokens):
         metrics["expert_load"] = largest_load(result.expert_tokens)

@@ -105,23 +105,21 @@ def tensors(engine: Engine, copies: bool) -> dict[str, Sharded]:
         for kind, flat in parts.items():
             sharded = found[f"{kind}.{weight.name}"] = Sharded(weight.shape, flat.dtype)
             sharded.views = {torch.Size(offsets): view for offsets, view in blocks(weight, fragment.start, flat)}
-    for name, buffer in local_buffers(engine.chunks):
-        found[f"model.{name}"] = Sharded.whole(buffer)
+    for buffer in local_buffers(engine.chunks, engine.topology):
+        sharded = found[f"model.{buffer.name}"] = Sharded(buffer.shape, buffer.tensor.dtype)
+        parts = blocks(buffer, 0, buffer.tensor.view(-1))
+        sharded.views = {torch.Size(offsets): view for offsets, view in parts}
     return found
 
 
-def _adam(engine: Engine) -> Any:
-    return engine.optimizer if engine.recipe.parallel.zero_stage == 0 else engine.optimizer.optimizer
-
-
 def _parameters(engine: Engine) -> Iterator[Tensor]:
-    for group in _adam(engine).param_groups:
+    for group in engine.adam.param_groups:
         yield from group["params"]
 
 
 def _anticipate_first_step(engine: Engine) -> None:
     """Make what AdamW makes in its first step, as it would."""
-    adam = _adam(engine)
+    adam = engine.adam
     for parameter in _parameters(engine):
         if not adam.state[parameter]:
             adam.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -135,7 +133,7 @@ def _anticipate_first_step(engine: Engine) -> None:
 def numbers(engine: Engine) -> dict[str, Any]:
     """What is not a tensor, the same on every rank: AdamW's count of steps, DeepSpeed's dynamic loss scale."""
     _anticipate_first_step(engine)
-    (adam_steps,) = {int(_adam(engine).state[parameter]["step"]) for parameter in _parameters(engine)}
+    (adam_steps,) = {int(engine.adam.state[parameter]["step"]) for parameter in _parameters(engine)}
     fp16 = engine.recipe.training.precision == "fp16"
     scaler = {name: getattr(engine.optimizer.loss_scaler, name) for name in LOSS_SCALER} if fp16 else None
     return {"adam_steps": adam_steps, "loss_scaler": scaler}
@@ -144,7 +142,7 @@ def numbers(engine: Engine) -> dict[str, Any]:
 def finish_loading(engine: Engine, loaded: dict[str, Any]) -> None:
     """Set ``numbers``, and the weights that the model computes with from the master weights that were loaded."""
     for parameter in _parameters(engine):
-        _adam(engine).state[parameter]["step"].fill_(loaded["adam_steps"])
+        engine.adam.state[parameter]["step"].fill_(loaded["adam_steps"])
     for name, value in (loaded["loss_scaler"] or {}).items():
         setattr(engine.optimizer.loss_scaler, name, value)
     if engine.recipe.parallel.zero_stage > 0:

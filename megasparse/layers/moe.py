@@ -31,12 +31,16 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megasparse.config import MoE
+from megasparse.config import MoE, WeightSparsity
 from megasparse.layers.attention import post_norm
 from megasparse.layers.router import Router
 from megasparse.layers.step import StepState
 from megasparse.ops import experts as ops
+from megasparse.sparsity.weight import SparseWeight
 from megasparse.topology import Topology
+
+
+DENSE = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
 class MoELayer(AutoEPMoELayer):
@@ -46,7 +50,17 @@ class MoELayer(AutoEPMoELayer):
     their own data-parallel group; routing, dispatch and arithmetic are ours.
     """
 
-    def __init__(self, config: Any, moe: MoE, topology: Topology, state: StepState, submodules: Any = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        moe: MoE,
+        topology: Topology,
+        state: StepState,
+        sparsity: dict[str, WeightSparsity] | None = None,
+        shared: MLPSubmodules = DENSE,
+        submodules: Any = None,
+    ) -> None:
+        """``sparsity``: of w1, w2, w3, those that are 2:4. ``shared``: the linear layers of shared experts."""
         nn.Module.__init__(self)  # AutoEPMoELayer's own constructor wraps a Hugging Face block
         self.config, self.moe, self.topology = config, moe, topology
         self.router = Router(config, moe, state, topology.tp_cp_group)
@@ -56,8 +70,11 @@ class MoELayer(AutoEPMoELayer):
         self.experts = GroupedExperts(
             config.hidden_size, moe.ffn_hidden_size, self.num_local_experts, use_grouped_mm=False
         ).to(config.params_dtype)
-        self.shared_experts = shared_experts(config, moe) if moe.shared_expert_ffn_hidden_size else None
+        self.shared_experts = shared_experts(config, moe, shared) if moe.shared_expert_ffn_hidden_size else None
         self._describe_experts()
+        self.sparsity = nn.ModuleDict(
+            {w: SparseWeight(f"experts.{w}", getattr(self.experts, w), how) for w, how in (sparsity or {}).items()}
+        )
 
     def set_layer_number(self, layer_number: int) -> None:
         self.router.layer_number = layer_number
@@ -111,7 +128,11 @@ class MoELayer(AutoEPMoELayer):
         return ops.combine(rows, order, weights)
 
     def _compute(self, rows: Tensor, counts: Tensor) -> Tensor:
-        return ops.grouped_swiglu(rows, counts, self.experts.w1, self.experts.w2, self.experts.w3)
+        weights: list[Any] = [self.experts.w1, self.experts.w2, self.experts.w3]
+        for i, name in enumerate(("w1", "w2", "w3")):
+            if name in self.sparsity:
+                weights[i] = self.sparsity[name](weights[i])
+        return ops.grouped_swiglu(rows, counts, *weights)
 
     def _describe_experts(self) -> None:
         """What DeepSpeed must know of the expert weights: they are averaged over the expert-data-parallel group,
@@ -148,11 +169,10 @@ def local_expert_order(counts: Tensor) -> tuple[Tensor, Tensor]:
     return forward, backward
 
 
-def shared_experts(config: Any, moe: MoE) -> MLP:
+def shared_experts(config: Any, moe: MoE, submodules: MLPSubmodules) -> MLP:
     """A dense SwiGLU that every token goes through, beside the routed experts (DeepSeekMoE)."""
     config = copy.copy(config)  # mcore's MLP takes fc2's width from the config, whatever ffn_hidden_size it is given
     config.ffn_hidden_size = moe.shared_expert_ffn_hidden_size
-    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return MLP(config, submodules, ffn_hidden_size=moe.shared_expert_ffn_hidden_size)
 
 

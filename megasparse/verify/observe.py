@@ -66,12 +66,8 @@ def observe(raw: dict[str, Any], steps: int) -> Seen:
         seen.scalars.append({"loss": result.loss, **result.aux_losses, "grad_norm": result.grad_norm})
     seen.weights = [
         (weight.name, weight.shape, offsets, part.float().clone())
-        for weight in local_weights(chunks, place)
+        for weight in (*local_weights(chunks, place), *local_buffers(chunks, place))
         for offsets, part in blocks(weight, 0, weight.tensor.detach().reshape(-1))
-    ]
-    seen.weights += [
-        (name, tuple(buffer.shape), (0,) * buffer.dim(), buffer.float().clone())
-        for name, buffer in local_buffers(chunks)
     ]
     seen.moved = [
         (f.weight.name, f.weight.shape, offsets, part)

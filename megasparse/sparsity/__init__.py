@@ -1,0 +1,1 @@
+"""Methods of 2:4 training: when a mask changes, what the forward pass and the gradient see."""
