@@ -189,6 +189,7 @@ def _broken_rules(recipe: Recipe, layout: Layout) -> Iterator[str]:
     ):
         if value % tp:
             yield f"model.{field}={value} is not divisible by tp={tp}"
+    yield from _split_blocks(recipe, tp)
     if layout.sequence_parallel and tp == 1:
         yield "sequence_parallel=true needs tp > 1"
     if cp > 1 and seq % (2 * cp):
@@ -244,6 +245,23 @@ def _broken_rules(recipe: Recipe, layout: Layout) -> Iterator[str]:
             "zero_stage=3 is not possible: DeepSpeed gathers ZeRO-3 weights in its own forward, which the pipeline "
             "schedule and the experts' all-to-all do not go through; use tp, pp or ep to split weights"
         )
+
+
+def _split_blocks(recipe: Recipe, tp: int) -> Iterator[str]:
+    """2:4 weights whose 4x4 blocks tensor parallelism would cut, or that are not made of such blocks."""
+    model, moe = recipe.model, recipe.model.moe
+    queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.kv_heads))
+    for part, parts, field, value in (
+        (".", 1, "hidden_size", model.hidden_size),
+        ("linear_qkv", tp, "head_dim x (num_attention_heads + 2 num_query_groups)", queries + 2 * keys),
+        ("linear_proj", tp, "head_dim x num_attention_heads", queries),
+        ("mlp.linear_fc", tp, "ffn_hidden_size", model.ffn_size),
+        ("mlp.experts", 1, "moe.ffn_hidden_size", moe.ffn_hidden_size if moe else 0),
+        ("shared_experts", tp, "moe.shared_expert_ffn_hidden_size", moe.shared_expert_ffn_hidden_size if moe else 0),
+    ):
+        if value % (4 * parts) and any(part in name for name in recipe.sparse_weights):
+            split = f"4 x tp={tp}" if parts > 1 else "4"
+            yield f"model.{field}={value} is not divisible by {split}: sparsity.weights has blocks of 4x4"
 
 
 @dataclass(frozen=True, kw_only=True)

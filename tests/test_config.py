@@ -129,6 +129,21 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"schedule.warmup_tokens": 6000}, "is more than the run's 5120 tokens"),
     ({"parallel.zero_stage": 4}, "parallel.zero_stage = 4: "),
     ({"training.recompute": "full", "model.moe.aux_loss_scope": "all_layers"}, "set recompute=none"),
+    ({"sparsity.weights": {"method": "sr_ste"}}, "method=sr_ste needs decay: 6e-5 to 2e-4"),
+    ({"sparsity.weights": {"method": "ste", "decay": 1e-4}}, "decay=0.0001 with method=ste: it has none, unset it"),
+    ({"sparsity.weights": {"method": "s_ste", "mask": "row"}}, "mask=row with method=s_ste: it has none"),
+    ({"sparsity.weights": {"method": "s_ste", "dense_end": 0.1}}, "dense_end=0.1 with method=s_ste: it has none"),
+    ({"sparsity.weights": {"method": "asp", "refresh_interval": 5, "dense_start": 0.5}}, "refresh_interval=5 with "),
+    ({"sparsity.weights": {"method": "asp"}}, "method=asp prunes a trained model: set dense_start"),
+    (
+        {"sparsity.weights": {"method": "sr_ste", "decay": 1e-4, "decay_ramp": 0.9, "dense_end": 0.2}},
+        "dense_start=0.0 + decay_ramp=0.9 + dense_end=0.2 are more than the run",
+    ),
+    ({"sparsity.weights": {"method": "ste", "targets": ["("]}}, "targets: '(' is not a regular expression"),
+    (
+        {"sparsity.weights": {"method": "ste", "targets": ["router"]}},
+        "sparsity.weights.targets: 'router' is in no name of decoder.layers.0.self_attention.linear_qkv.weight, ",
+    ),
 ]
 
 
@@ -166,6 +181,26 @@ def test_values_are_fixed_once_read():
     recipe = parse_recipe(raw())
     with pytest.raises(ValueError, match="frozen"):
         recipe.name = "other"  # type: ignore[misc]
+
+
+def test_sparse_weights_are_chosen_by_name():
+    """The names are those of the model's parameters: tests/layers/test_linear.py."""
+    moe = {"model.moe.layers": [0, 1, 1, 0], "model.moe.shared_expert_ffn_hidden_size": 32}
+    default = parse_recipe(raw(**moe, **{"sparsity.weights": {"method": "ste"}})).sparse_weights
+    assert [name for name in default if ".layers.0." in name] == [
+        f"decoder.layers.0.mlp.linear_fc{i}.weight" for i in (1, 2)
+    ]
+    assert [name.removeprefix("decoder.layers.1.mlp.") for name in default if ".layers.1." in name] == [
+        *(f"experts.w{i}" for i in (1, 2, 3)),
+        *(f"shared_experts.linear_fc{i}.weight" for i in (1, 2)),
+    ]
+    chosen = {"method": "ste", "targets": [r"layers\.[02].*qkv", "proj"]}
+    found = parse_recipe(raw(**moe, **{"sparsity.weights": chosen})).sparse_weights
+    assert [name.split(".")[2:5:2] for name in found] == [
+        *(["0", "linear_qkv"], ["0", "linear_proj"], ["1", "linear_proj"]),
+        *(["2", "linear_qkv"], ["2", "linear_proj"], ["3", "linear_proj"]),
+    ]
+    assert parse_recipe(raw()).sparse_weights == []
 
 
 def test_examples_are_valid():

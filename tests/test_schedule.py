@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
 
-from megasparse.config import Optimizer, Schedule, SparseAttention
-from megasparse.schedule import attention_blocks, learning_rate
+from megasparse.config import Optimizer, Schedule, SparseAttention, WeightSparsity
+from megasparse.schedule import attention_blocks, learning_rate, mask_decay, weights_are_sparse
 
 TOKENS_PER_STEP = 1024
 STEPS, WARMUP, DECAY = 200, 20, 50
@@ -111,3 +111,27 @@ def test_the_budget_does_not_depend_on_the_length() -> None:
     """A sequence that grows by a token must not change what earlier ones saw."""
     assert attention_blocks(0.5, SparseAttention(selector="pooled", blocks=16), 5) == 16
     assert attention_blocks(1.0, SparseAttention(selector="local"), 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("progress", "sparse", "decay"),
+    [
+        (0.2, False, 0.0),
+        (0.201, True, 0.002),
+        (0.25, True, 0.1),
+        (0.3, True, 0.2),
+        (0.8, True, 0.2),
+        (0.801, False, 0.0),
+    ],
+)
+def test_weights_are_dense_then_two_four_under_a_growing_decay_then_dense(
+    progress: float, sparse: bool, decay: float
+) -> None:
+    weights = WeightSparsity(method="sr_ste", decay=0.2, dense_start=0.2, decay_ramp=0.1, dense_end=0.2)
+    assert weights_are_sparse(progress, weights) == sparse
+    assert mask_decay(progress, weights) == pytest.approx(decay)
+
+
+def test_decay_without_a_ramp_and_without_decay() -> None:
+    assert mask_decay(0.001, WeightSparsity(method="sr_ste", decay=0.2)) == 0.2
+    assert mask_decay(0.5, WeightSparsity(method="ste")) == 0.0

@@ -156,6 +156,7 @@ def test_a_recipe_and_a_world_are_a_layout() -> None:
 
 DENSE = {"model.moe": None}
 BY_QUERY_BLOCKS = {"selector": "local", "block_size": 5, "query_block_size": 5}
+TWO_FOUR = {"sparsity.weights": {"method": "ste", "targets": ["."]}}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("tp4", {}, "model.num_query_groups=2 is not divisible by tp=4"),
     ("tp2", {"model.ffn_hidden_size": 49}, "model.ffn_hidden_size=49 is not divisible by tp=2"),
@@ -174,6 +175,20 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "query_block_size=5 does not divide data.seq_length=24 / (2 * ",
     ),
     ("cp2", {"model.sparse_attention": {**BY_QUERY_BLOCKS, "query_block_size": 3}}, None),
+    ("tp2", TWO_FOUR | {"model.ffn_hidden_size": 52, **DENSE}, "model.ffn_hidden_size=52 is not divisible by 4 x tp=2"),
+    ("tp2", TWO_FOUR | {"model.ffn_hidden_size": 52}, None),  # no layer has one
+    ("tp2", TWO_FOUR | {"model.hidden_size": 30, "model.head_dim": 8}, "model.hidden_size=30 is not divisible by 4: "),
+    ("single", TWO_FOUR | {"model.moe.ffn_hidden_size": 46}, "model.moe.ffn_hidden_size=46 is not divisible by 4: "),
+    (
+        "tp2",
+        TWO_FOUR | {"model.moe.shared_expert_ffn_hidden_size": 12},
+        "model.moe.shared_expert_ffn_hidden_size=12 is not divisible by 4 x tp=2",
+    ),
+    (
+        "tp2",
+        TWO_FOUR | {"model.num_attention_heads": 2, "model.head_dim": 2},
+        "head_dim x (num_attention_heads + 2 num_query_groups)=12 is not divisible by 4 x tp=2",
+    ),
     ("ep2", DENSE, "ep=2 needs model.moe: a dense model has no experts"),
     ("ep3", {}, "model.moe.num_experts=8 is not divisible by ep=3"),
     ("ep4dp2", {}, "ep=4 does not divide the 2 processes of a pipeline stage"),

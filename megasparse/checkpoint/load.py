@@ -23,13 +23,13 @@ from megasparse.checkpoint.state import (
     set_random_state,
     tensors,
 )
-from megasparse.config import Recipe
+from megasparse.config import Recipe, parse_recipe
 from megasparse.engine import Engine
 
 logger = logging.getLogger("megasparse")
 
 # What a run may not change when it resumes: it would be another model, on other data.
-FIXED = ("model", "data", "training.seed", "training.global_batch_size", "training.precision")
+FIXED = ("model", "sparsity", "data", "training.seed", "training.global_batch_size", "training.precision")
 RANDOM = "random."  # what the names of generators begin with
 
 
@@ -40,8 +40,9 @@ def check_resumable(path: Path, recipe: Recipe, fingerprint: str) -> None:
         manifest = checkpoints.read_manifest(path)
     except checkpoints.Damaged as damage:
         raise ValueError(f"{damage}; {checkpoints.whole_before(path)}") from None
+    saved = parse_recipe(manifest["recipe"], source=f"the recipe of {path}").model_dump(mode="json")
     for section in FIXED:
-        then, now = _dig(manifest["recipe"], section), _dig(recipe.model_dump(mode="json"), section)
+        then, now = _dig(saved, section), _dig(recipe.model_dump(mode="json"), section)
         difference = _first_difference(section, then, now)
         if difference:
             raise ValueError(f"cannot resume from {path}: {difference}. Use the recipe it was saved with or a new run")

@@ -39,7 +39,6 @@ from megasparse.ops import experts as ops
 from megasparse.sparsity.weight import SparseWeight
 from megasparse.topology import Topology
 
-
 DENSE = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
@@ -72,7 +71,7 @@ class MoELayer(AutoEPMoELayer):
         ).to(config.params_dtype)
         self.shared_experts = shared_experts(config, moe, shared) if moe.shared_expert_ffn_hidden_size else None
         self._describe_experts()
-        self.sparsity = nn.ModuleDict(
+        self.experts.sparsity = nn.ModuleDict(
             {w: SparseWeight(f"experts.{w}", getattr(self.experts, w), how) for w, how in (sparsity or {}).items()}
         )
 
@@ -128,11 +127,12 @@ class MoELayer(AutoEPMoELayer):
         return ops.combine(rows, order, weights)
 
     def _compute(self, rows: Tensor, counts: Tensor) -> Tensor:
-        weights: list[Any] = [self.experts.w1, self.experts.w2, self.experts.w3]
-        for i, name in enumerate(("w1", "w2", "w3")):
-            if name in self.sparsity:
-                weights[i] = self.sparsity[name](weights[i])
-        return ops.grouped_swiglu(rows, counts, *weights)
+        weights, sparsity = self.experts, self.experts.sparsity
+        w1, w2, w3 = (
+            sparsity[name](weight) if name in sparsity else weight  # type: ignore[operator]
+            for name, weight in (("w1", weights.w1), ("w2", weights.w2), ("w3", weights.w3))
+        )
+        return ops.grouped_swiglu(rows, counts, w1, w2, w3)
 
     def _describe_experts(self) -> None:
         """What DeepSpeed must know of the expert weights: they are averaged over the expert-data-parallel group,

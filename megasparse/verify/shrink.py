@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
-from megasparse.config import Recipe, parse_recipe
+from megasparse.config import Model, Recipe, parse_recipe
 from megasparse.topology import Layout
 
 HEAD_DIM, WIDTH, EXPERT_WIDTH, EXPERTS, LAYERS, VOCAB, SEQUENCE, MICRO_BATCH = 16, 96, 48, 8, 4, 251, 32, 2
@@ -13,6 +14,9 @@ EPS = 1e-3
 LR, DECAY, CLIP = 2e-3, 0.1, 0.1
 LOSS_SCALE = 1024.0
 BLOCK = 4  # keys or queries of sparse attention
+STEPS = 1_000_000  # of the run, of which the first few are taken
+DENSE_START = 1.5 / STEPS
+MASK_DECAY = 0.02
 UNEVEN = 2.0  # the embedding as so many layers: stages of 1 and 3 in place of 2 and 2
 
 
@@ -28,12 +32,15 @@ def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
     tp = math.lcm(*(layout.tp for layout in layouts))
     cp = math.lcm(*(layout.cp for layout in layouts))
     stages = max(layout.pp * layout.vp for layout in layouts)
-    _shrink_attention(raw["model"], recipe, tp)
+    unit = tp * (4 if recipe.sparse_weights else 1)  # of split widths: 2:4 weights are whole blocks of 4x4
+    _shrink_attention(raw["model"], recipe, tp, unit)
     _shrink_layers(raw["model"], recipe, stages + (recipe.parallel.layers_per_stage is not None))
     if recipe.model.moe is not None:
-        _shrink_experts(raw["model"]["moe"], math.lcm(*(layout.ep for layout in layouts)), tp)
+        _shrink_experts(raw["model"]["moe"], math.lcm(*(layout.ep for layout in layouts)), unit)
     if recipe.model.sparse_attention is not None:
         _shrink_sparse_attention(raw["model"], recipe, raw["model"]["num_layers"])
+    if recipe.sparsity.weights is not None:
+        _hasten_weight_sparsity(raw["sparsity"]["weights"], Model.model_validate(raw["model"]).linear_weights)
     _shrink_text(raw, recipe, layouts, tp, cp)
     raw["model"].update(attention_dropout=0.0, hidden_dropout=0.0)
     raw["schedule"] = {"type": "constant"}
@@ -45,14 +52,14 @@ def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
     if recipe.training.precision == "fp16":
         raw["training"]["loss_scale"] = min(recipe.training.loss_scale, LOSS_SCALE)
     raw["training"]["precision"] = "fp32"
-    raw["training"]["steps"] = 1_000_000
+    raw["training"]["steps"] = STEPS
     if recipe.parallel.layers_per_stage is not None:  # of other stages than the layouts'
         uneven = len(set(recipe.parallel.layers_per_stage)) > 1
         raw["parallel"].update(layers_per_stage=None, embedding_weight=UNEVEN if uneven else 0.0)
     return parse_recipe(raw), _changes(before, raw)
 
 
-def _shrink_attention(model: dict[str, Any], recipe: Recipe, tp: int) -> None:
+def _shrink_attention(model: dict[str, Any], recipe: Recipe, tp: int, unit: int) -> None:
     queries_per_key = recipe.model.num_attention_heads // recipe.model.kv_heads
     keys = _at_most(recipe.model.kv_heads, 2 * tp, tp)  # several on a rank
     heads, head_dim = keys * queries_per_key, min(recipe.model.head_size, HEAD_DIM)
@@ -66,7 +73,7 @@ def _shrink_attention(model: dict[str, Any], recipe: Recipe, tp: int) -> None:
         num_query_groups=keys if recipe.model.num_query_groups else None,
         head_dim=None if square else head_dim,
         hidden_size=heads * head_dim if square else WIDTH,
-        ffn_hidden_size=_at_most(recipe.model.ffn_size, WIDTH, tp),
+        ffn_hidden_size=_at_most(recipe.model.ffn_size, WIDTH, unit),
     )
 
 
@@ -108,7 +115,19 @@ def _shrink_sparse_attention(model: dict[str, Any], recipe: Recipe, layers: int)
         sparse["layers"] = _kept(recipe.model.sparse_layers, layers)
 
 
-def _shrink_experts(moe: dict[str, Any], ep: int, tp: int) -> None:
+def _hasten_weight_sparsity(weights: dict[str, Any], names: list[str]) -> None:
+    """Sparse from the first or, where it was dense before, from the second step on, with new masks every other step.
+    Targets that are no layer of the small model are left out; all of its weights are, if none is left."""
+    weights["targets"] = [t for t in weights["targets"] if any(re.search(t, name) for name in names)] or ["."]
+    start = DENSE_START if weights["dense_start"] else 0.0
+    weights.update(dense_start=start, dense_end=0.0, decay_ramp=0.0)
+    if weights["method"] != "asp":
+        weights["refresh_interval"] = min(weights["refresh_interval"] or 2, 2)
+    if weights["decay"]:
+        weights["decay"] = max(weights["decay"], MASK_DECAY)
+
+
+def _shrink_experts(moe: dict[str, Any], ep: int, unit: int) -> None:
     groups = moe["num_groups"] or 1
     unit = math.lcm(ep, groups)
     experts = moe["num_experts"]
@@ -120,7 +139,7 @@ def _shrink_experts(moe: dict[str, Any], ep: int, tp: int) -> None:
         moe["num_experts"] = min(experts, wanted)
     moe["ffn_hidden_size"] = min(moe["ffn_hidden_size"], EXPERT_WIDTH)
     if moe["shared_expert_ffn_hidden_size"]:
-        moe["shared_expert_ffn_hidden_size"] = _at_most(moe["shared_expert_ffn_hidden_size"], EXPERT_WIDTH, tp)
+        moe["shared_expert_ffn_hidden_size"] = _at_most(moe["shared_expert_ffn_hidden_size"], EXPERT_WIDTH, unit)
 
 
 def _shrink_text(raw: dict[str, Any], recipe: Recipe, layouts: list[Layout], tp: int, cp: int) -> None:
@@ -152,6 +171,8 @@ REASONS = {
     "optimizer.lr": "so that what moves weights can be seen in them",
     "optimizer.weight_decay": "so that it can be seen",
     "optimizer.clip_grad": "so that it clips",
+    "sparsity.weights.decay": "so that it can be seen",
+    "sparsity.weights.refresh_interval": "so that masks change",
     "training.precision": "where rounding hides nothing; in the recipe's own after that",
     "training.loss_scale": "a step that overflows is skipped",
     "parallel.layers_per_stage": "layouts have other numbers of stages",

@@ -16,16 +16,19 @@ from tests import small
 FINGERPRINT = "abc"
 MOE = {"bias_update_rate": 0.01, "jitter": 0.05, "aux_loss_scope": "global_batch", "layers": [0, 1, 0, 1]}
 MODEL = {"num_layers": 4, "bias": "qkv", "tie_embeddings": True}
+# Masks from the second step on, made anew every other step.
+SPARSITY = {"method": "sr_ste", "decay": 0.01, "dense_start": 0.05, "refresh_interval": 2, "targets": ["."]}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
 def recipe_of(layout: str = "single", precision: str = "fp32", dropout: bool = True, **training: Any) -> Recipe:
-    """Routers with bias, load and jitter, tied embeddings, a vocabulary that tp pads; dropout, which no two layouts
-    draw alike. fp16: the scale doubles after every fourth good step, so its counter is state too."""
+    """Routers with bias, load and jitter, tied embeddings, a vocabulary that tp pads, 2:4 weights; dropout, which no
+    two layouts draw alike. fp16: the scale doubles after every fourth good step, so its counter is state too."""
     return small.recipe(
         {**MODEL, **(DROPOUT if dropout else {})},
         MOE,
         {"precision": precision, "loss_scale": 256.0, "loss_scale_window": 4, "micro_batch_size": 1, **training},
+        sparsity={"weights": SPARSITY},
         parallel=Layout.parse(layout).parallel(),
     )
 
@@ -40,7 +43,9 @@ def run(engine: Engine, first: int, last: int) -> list[tuple[Any, ...]]:
     for step in range(first, last):
         batches = small.batches(engine.recipe, step, place.dp_rank, place.dp)
         r = engine.train_step(batches, step, 3e-3 / (step + 1))
-        results.append((r.loss, r.grad_norm, r.aux_losses, r.loss_scale, r.skipped, r.expert_tokens.tolist()))
+        results.append(
+            (r.loss, r.grad_norm, r.aux_losses, r.loss_scale, r.skipped, r.expert_tokens.tolist(), r.sparsity)
+        )
     return results
 
 
@@ -60,6 +65,6 @@ def disturb(engine: Engine) -> None:
     with torch.no_grad():
         for tensor in engine.chunks.state_dict().values():
             if tensor is not None:  # mcore's empty _extra_state
-                tensor.add_(1)
+                tensor.copy_(~tensor if tensor.dtype == torch.bool else tensor + 1)
     torch.manual_seed(99)
     model_parallel_cuda_manual_seed(99, force_reset_rng=True)

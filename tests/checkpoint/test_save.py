@@ -27,6 +27,7 @@ from megasparse.checkpoint.state import tensors
 from megasparse.config import parse_recipe
 from megasparse.engine import Engine
 from megasparse.processes import RankError, Workers
+from megasparse.sparsity.weight import sparse_weights
 from megasparse.topology import Layout, Topology
 from tests import small
 from tests.checkpoint.runs import FINGERPRINT, assert_same, engine_of, recipe_of, run, state_of
@@ -58,12 +59,13 @@ def test_the_manifest(saver: Saver) -> None:
 
 
 def test_bytes_are_three_floats_a_parameter(saver: Saver) -> None:
-    """And what a piece's frame costs: about a kilobyte."""
+    """A byte for each place of a mask, and what a piece's frame costs: about a kilobyte."""
     parameters = sum(p.numel() for p in saver.engine.chunks.parameters()) - 32  # the embedding has a row of padding
     reader = Reader(saver.folder / "step_1")
     size = sum(file["bytes"] for file in reader.manifest["files"].values())
     pieces = sum(info.pieces for info in reader.tensors.values())
-    assert 12 * parameters < size < 12 * parameters + 2200 * pieces
+    masks = sum(sparse.mask.numel() for sparse in sparse_weights(saver.engine.chunks))
+    assert 12 * parameters + masks < size < 12 * parameters + masks + 2200 * pieces
 
 
 def test_retention_is_the_recipes(single: Topology, tmp_path: Path) -> None:
@@ -234,10 +236,10 @@ def test_killed_while_saving(saver: Saver, monkeypatch: pytest.MonkeyPatch, plac
 
 
 def fill(engine: Engine, step: int) -> None:
-    """Every weight, moment and buffer is the step's number."""
+    """Every weight, moment and buffer is the step's number, every mask whether that is odd."""
     for sharded in tensors(engine, copies=True).values():
         for view in sharded.views.values():
-            view.fill_(step)
+            view.fill_(step % 2 if view.dtype == torch.bool else step)
 
 
 def save_for_ever(layout: str, asynchronous: bool, folder: Path) -> None:
@@ -286,6 +288,7 @@ def test_killed_at_random_moments(single: Topology, tmp_path: Path, layout: str,
         assert newest.name == f"step_{step}"
         for name in reader.tensors:
             if not name.startswith("random."):
-                assert (reader.read(name) == step).all(), name
+                tensor = reader.read(name)
+                assert (tensor == (step % 2 if tensor.dtype == torch.bool else step)).all(), name
         assert load(engine, newest) == step
     assert partial, "at least one was killed in the middle of a save"

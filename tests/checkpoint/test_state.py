@@ -41,7 +41,12 @@ def test_ranges_of_all_ranks_make_the_whole_model() -> None:
             for moment in ("exp_avg", "exp_avg_sq"):
                 assert not found.pop(f"optimizer.{moment}.{name}").count_nonzero(), f"{layout}: {name}"
         buffers = {f"model.decoder.layers.{i}.mlp.router.{b}" for i in (1, 3) for b in ("bias", "load")}
-        assert found.keys() == buffers, layout
+        linears = [
+            name.replace(".weight", ".sparsity").replace(".experts", ".experts.sparsity")
+            for name in recipe.sparse_weights
+        ]
+        masks = {f"model.{linear}.mask" for linear in linears}
+        assert found.keys() == buffers | masks, layout
     assert len(weights) > 4 * recipe.model.num_layers
 
 

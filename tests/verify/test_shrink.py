@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megasparse import schedule
 from megasparse.config import Recipe, parse_recipe
 from megasparse.topology import Layout, check_layout, stage_layers
 from megasparse.verify import possible_layouts
@@ -200,3 +201,21 @@ def test_a_default_layout_that_cannot_be_is_said_not_dropped() -> None:
     assert [str(layout) for layout in layouts] == ["pp2", "dp2", "cp2"]
     (reason,) = left_out
     assert reason.startswith("layout tp2+sp on 2 processes: model.num_attention_heads=25 is not divisible by tp=2")
+
+
+def test_two_four_weights_change_in_few_steps_and_stay_whole() -> None:
+    weights = {"method": "sr_ste", "decay": 1e-4, "dense_start": 0.1, "decay_ramp": 0.3, "dense_end": 0.2}
+    raw = QWEN3_MOE.model_dump(mode="json")
+    raw["sparsity"] = {"weights": {**weights, "targets": [r"layers\.40\..*experts", "attention"]}}
+    layouts = [Layout.parse(text) for text in ("tp4", "tp2pp2ep2")]
+    small_recipe, changes = shrink(parse_recipe(raw), layouts)
+    shrunk = small_recipe.sparsity.weights
+    assert shrunk is not None
+    assert shrunk.targets == ["attention"]
+    assert (shrunk.refresh_interval, shrunk.decay, shrunk.decay_ramp, shrunk.dense_end) == (2, 0.02, 0.0, 0.0)
+    sparse = [schedule.weights_are_sparse((s + 1) / small_recipe.training.steps, shrunk) for s in range(3)]
+    assert sparse == [False, True, True]
+    assert "sparsity.weights.decay: 0.0001 -> 0.02 (so that it can be seen)" in changes
+    for layout in layouts:
+        parallel = {**small_recipe.model_dump(mode="json"), "parallel": layout.parallel()}
+        check_layout(parse_recipe(parallel), layout.world_size)

@@ -26,10 +26,10 @@ DROPLESS: dict[str, Any] = {"aux_loss_coefficient": 0.05, "layers": [1, 1]}
 CAPACITY = {**DROPLESS, "capacity_factor": 1.0}
 
 
-def recipe_of(moe: dict[str, Any], precision: str = "fp32") -> Recipe:
+def recipe_of(moe: dict[str, Any], precision: str = "fp32", **sections: Any) -> Recipe:
     """Clipping to a tenth of a usual norm."""
     model = {"tie_embeddings": True, "vocab_size": 95}
-    return small.recipe(model, moe, {"precision": precision}, optimizer={"clip_grad": 0.1})
+    return small.recipe(model, moe, {"precision": precision}, optimizer={"clip_grad": 0.1}, **sections)
 
 
 def verified(recipe: Recipe, layouts: str, bug: Callable[[], Any] | None = None, steps: int = 2) -> Report:
@@ -41,9 +41,16 @@ def verified(recipe: Recipe, layouts: str, bug: Callable[[], Any] | None = None,
     return verify(recipe, [Layout.parse(text) for text in layouts.split(",")], steps, run)
 
 
-@pytest.mark.parametrize("moe", [DROPLESS, CAPACITY], ids=["dropless", "capacity"])
-def test_what_is_right_passes(moe: dict[str, Any]) -> None:
-    report = verified(recipe_of(moe), "tp2ep2,pp2,dp2,cp2", steps=3)
+TWO_FOUR = {"weights": {"method": "sr_ste", "decay": 1e-4, "targets": ["."], "dense_end": 0.2}}
+
+
+@pytest.mark.parametrize(
+    ("moe", "sections"),
+    [(DROPLESS, {}), (CAPACITY, {"sparsity": TWO_FOUR})],
+    ids=["dropless", "capacity and 2:4 weights"],
+)
+def test_what_is_right_passes(moe: dict[str, Any], sections: dict[str, Any]) -> None:
+    report = verified(recipe_of(moe, **sections), "tp2ep2,pp2,dp2,cp2", steps=3)
     assert report.passed
     for comparison in report.comparisons:
         assert comparison.worst < 5e-6

@@ -133,7 +133,7 @@ def pack_24(w: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     if full:
         raise ValueError(f"{full} groups of four have more than two values that are not zero: prune w first")
     values, metadata = _backend(backend, w).pack(rows)
-    return values.view(*w.shape[:-1], -1), metadata.view(*w.shape[:-1], -1)
+    return values.view(*w.shape[:-1], values.shape[1]), metadata.view(*w.shape[:-1], metadata.shape[1])
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def unpack_24(values: Tensor, metadata: Tensor, backend: Backend = "auto") -> Te
             "[..., columns / 2] and uint8 [..., ceil(columns / 8)] are expected"
         )
     rows = values.reshape(-1, values.shape[-1]), metadata.reshape(-1, metadata.shape[-1])
-    return _backend(backend, values).unpack(*rows).view(*values.shape[:-1], -1)
+    return _backend(backend, values).unpack(*rows).view(*values.shape[:-1], 2 * values.shape[-1])
 
 
 def _grouped(x: Tensor, dim: int) -> tuple[Tensor, torch.Size]:

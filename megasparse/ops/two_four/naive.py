@@ -180,7 +180,8 @@ def pack(w: Tensor) -> tuple[Tensor, Tensor]:
     groups = w.unflatten(1, (-1, 4))
     # Two places of each group in ascending order: those that are not zero, then the first of the others.
     order = groups.float().ne(0).sort(dim=2, descending=True, stable=True).indices[:, :, :2].sort(dim=2).values
-    values = groups.gather(2, order).flatten(1)
+    stored = groups.view(torch.uint8) if w.dtype.itemsize == 1 else groups  # torch gathers no float8
+    values = stored.gather(2, order).view(w.dtype).flatten(1)
     nibbles = order[:, :, 0] | order[:, :, 1] << 2
     if nibbles.shape[1] % 2:
         nibbles = torch.nn.functional.pad(nibbles, (0, 1))
@@ -192,8 +193,9 @@ def unpack(values: Tensor, metadata: Tensor) -> Tensor:
     pairs = values.unflatten(1, (-1, 2))
     codes = torch.stack([metadata & 15, metadata >> 4], dim=2).flatten(1)[:, : pairs.shape[1]].long()
     order = torch.stack([codes & 3, codes >> 2], dim=2)
-    groups = values.new_zeros(*pairs.shape[:2], 4).scatter_(2, order, pairs)
-    return groups.flatten(1)
+    stored = pairs.view(torch.uint8) if values.dtype.itemsize == 1 else pairs
+    groups = stored.new_zeros(*pairs.shape[:2], 4).scatter_(2, order, stored)
+    return groups.view(values.dtype).flatten(1)
 
 
 def _magnitude(w: Tensor) -> Tensor:
