@@ -1,0 +1,197 @@
+"""The door, and the contract with Transformer Engine, read from sources: neither TE nor a GPU is needed.
+
+What our door and megatron-core's extension use of TE 2.20.2 is looked up in the sources of its wheel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from megatron.core.transformer import TransformerConfig
+
+from megasparse.layers import te
+from tests.helpers import REPOSITORY
+from tests.layers.te_sources import Offer, Use, Uses, te_gate
+
+VERSION = "2.20.2"
+WHEEL = f"transformer_engine-{VERSION}-py3-none-any.whl"
+MEGATRON = Path(next(iter(importlib.util.find_spec("megatron.core").submodule_search_locations)))  # type: ignore
+DOOR = REPOSITORY / "megasparse/layers/te.py"
+
+# What megatron-core 0.16.1 uses that this version does not have, and why that does no harm.
+KNOWN = {
+    # A pydantic dataclass ignores them. So fp8_wgrad=False, "dW in higher precision", does nothing: never set it.
+    "transformer_engine.common.recipe.DelayedScaling.__init__: "
+    "no argument device, override_linear_precision, params_dtype",
+    # Imports whose ImportError megatron-core catches: it splits by torch.split and has no te_general_gemm.
+    "transformer_engine.pytorch.attention._SplitAlongDim: there is no such name",
+    "transformer_engine.pytorch.attention._SplitAlongDim.apply: there is no such name",
+    "transformer_engine.pytorch.module.base.get_workspace: there is no such name",
+    "transformer_engine.pytorch.cpp_extensions.general_gemm: no argument workspace",
+}
+
+
+@pytest.fixture(scope="session")
+def offer() -> Offer:
+    """The sources of the wheel, downloaded once into a cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir()) / "megasparse-wheels"
+    if not (cache / WHEEL).exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", f"transformer-engine=={VERSION}"]
+            result = subprocess.run([*command, "-d", folder], capture_output=True, text=True, timeout=200)
+            if result.returncode:
+                pytest.skip(f"no wheel of transformer-engine {VERSION} from the index: {result.stderr.strip()[-200:]}")
+            os.replace(Path(folder) / WHEEL, cache / WHEEL)
+    wheel = zipfile.ZipFile(cache / WHEEL)
+    names = set(wheel.namelist())
+    return Offer(lambda path: wheel.read(path).decode() if path in names else None)
+
+
+def uses(path: Path) -> list[Use]:
+    return Uses(path.read_text(), "transformer_engine", te_gate(VERSION)).found
+
+
+def test_the_door_uses_what_there_is(offer: Offer) -> None:
+    found = uses(DOOR)
+    assert [problem for use in found if (problem := offer.problem(use))] == []
+    assert {use.name.split(".")[-1] for use in found if use.keywords == {"return_reason"}} == {
+        "is_fp8_available",
+        "is_fp8_block_scaling_available",
+    }
+
+
+def test_megatron_uses_what_there_is(offer: Offer) -> None:
+    files = [MEGATRON / "extensions/transformer_engine.py", MEGATRON / "fp8_utils.py"]
+    found = [use for file in files for use in uses(file)]
+    assert {problem for use in found if (problem := offer.problem(use))} == KNOWN
+
+
+def test_what_megatron_uses_is_found() -> None:
+    """A reader that finds nothing would find nothing wrong."""
+    extension = {use.name: use for use in uses(MEGATRON / "extensions/transformer_engine.py") if use.keywords}
+    fp8 = {use.name: use for use in uses(MEGATRON / "fp8_utils.py") if use.keywords}
+    pytorch, recipe = "transformer_engine.pytorch", "transformer_engine.common.recipe"
+    linear = extension[f"{pytorch}.Linear.__init__"].keywords
+    assert linear is not None
+    assert linear >= {"in_features", "params_dtype", "device", "ub_overlap_ag", "rng_tracker_name", "ub_name"}
+    assert "ub_split_ag" not in linear  # of TE before 1.5
+    for name in ("LayerNormLinear.__init__", "GroupedLinear.__init__", "DotProductAttention.forward", "RMSNorm"):
+        assert f"{pytorch}.{name}" in extension
+    assert "interval" not in (extension[f"{recipe}.DelayedScaling.__init__"].keywords or ())  # of TE before 1.8
+    assert fp8[f"{pytorch}.fp8_autocast"].keywords == {"enabled", "fp8_recipe", "fp8_group"}
+    assert {f"{recipe}.{name}" for name in ("Float8CurrentScaling", "Float8BlockScaling")} <= fp8.keys()
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("te.pytorch.Linear(in_features=1, out_features=2, bias=True)", None),
+        ("te.pytorch.Linear(in_features=1, outfeatures=2)", "pytorch.Linear: no argument outfeatures"),
+        ("te.pytorch.Linaer(1)", "pytorch.Linaer: there is no such name"),
+        ("class A(te.pytorch.Linear):\n def f(self):\n  super().forward(1, is_first=True)", "no argument is_first"),
+        ("class A(te.pytorch.Linear):\n def f(self):\n  super().backward_wd()", "Linear.backward_wd: there is no such"),
+        ("def f():\n k = {'eps': 1}\n k['epz'] = 2\n te.pytorch.Linear(8, **k)", "no argument eps, epz"),
+        ("te.common.recipe.DelayedScaling(margin=1, amax_history_len=4)", None),
+        ("te.common.recipe.DelayedScaling(amax_history=4)", "no argument amax_history"),
+        ("te.common.recipe.Format.HYBRID", None),
+        ("te.common.recipe.Format.E3M4", "Format.E3M4: there is no such name"),
+        ("te.common.recipe.Float8BlockScalling", "there is no such name"),
+        ("from transformer_engine.pytorch.fp8 import fp8_autocast\nfp8_autocast(recipe=1)", "no argument recipe"),
+        ("from transformer_engine.pytorch.fp9 import x", "fp9.x: there is no such name"),
+        ("te.pytorch.is_fp8_available(True, True)", "2 positional arguments"),
+        ("if is_te_min_version('2.0'):\n te.pytorch.Linear\nelse:\n te.pytorch.Old", None),
+        ("if get_te_version() < PkgVersion('1.3') or not HAVE_TE:\n te.pytorch.Old", None),
+        ("if is_te_min_version('99.0'):\n te.pytorch.New", None),
+        ("if something():\n te.pytorch.New", "pytorch.New: there is no such name"),
+    ],
+)
+def test_the_reader_can_fail(offer: Offer, source: str, problem: str | None) -> None:
+    found = Uses(f"import transformer_engine as te\n{source}", "transformer_engine", te_gate(VERSION)).found
+    problems = [p for use in found if (p := offer.problem(use))]
+    assert problems == [] if problem is None else any(re.search(re.escape(problem), p) for p in problems)
+
+
+def test_the_slots_are_megatrons() -> None:
+    """Each name that the door takes from megatron-core's extension is a class there."""
+    root = MEGATRON.parent.parent
+    megatron = Offer(lambda path: (root / path).read_text() if (root / path).is_file() else None)
+    found = Uses(DOOR.read_text(), "megatron").found
+    assert len(found) == len(dataclasses.fields(te.Layers))
+    assert [problem for use in found if (problem := megatron.problem(use))] == []
+
+
+def test_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(te.platform, "has_cuda", lambda: False)
+    assert te.missing() == te.missing("block") == "there is no CUDA device"
+    with pytest.raises(ValueError, match="there is no CUDA device"):
+        te.layers()
+    monkeypatch.setattr(te.platform, "has_cuda", lambda: True)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
+    with pytest.raises(ValueError, match=r"cannot be imported .*pip install"):
+        te.layers()
+
+
+class FakeTE:
+    """What the door asks of Transformer Engine: a Hopper GPU with a CUDA too old for block scaling."""
+
+    @staticmethod
+    def is_fp8_available(return_reason: bool) -> tuple[bool, str]:
+        return True, ""
+
+    @staticmethod
+    def is_fp8_block_scaling_available(return_reason: bool) -> tuple[bool, str]:
+        return False, "needs CUDA >= 12.9"
+
+
+def test_it_asks_transformer_engine_for_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(te.platform, "has_cuda", lambda: True)
+    monkeypatch.setitem(sys.modules, "transformer_engine", type(sys)("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", FakeTE)
+    assert te.missing() is te.missing("delayed") is te.missing("current") is None
+    assert te.missing("block") == "FP8 with block scaling: needs CUDA >= 12.9"
+
+
+def config(**fields) -> TransformerConfig:
+    return TransformerConfig(num_layers=4, hidden_size=8, num_attention_heads=1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            dict(recipe="delayed", margin=1, amax_history_len=16, amax_compute_algo="most_recent"),
+            dict(fp8="hybrid", fp8_recipe="delayed", fp8_margin=1, fp8_amax_history_len=16)
+            | dict(fp8_amax_compute_algo="most_recent", first_last_layers_bf16=False),
+        ),
+        (dict(recipe="delayed"), dict(fp8_amax_history_len=1024, fp8_amax_compute_algo="max", fp8_margin=0)),
+        (dict(recipe="current"), dict(fp8="hybrid", fp8_recipe="tensorwise", first_last_layers_bf16=False)),
+        (
+            dict(recipe="block", gradients="e4m3", bf16_layers=(0, 2)),
+            dict(fp8="e4m3", fp8_recipe="blockwise", first_last_layers_bf16=True)
+            | dict(num_layers_at_start_in_bf16=0, num_layers_at_end_in_bf16=2),
+        ),
+    ],
+)
+def test_fields_are_megatrons(arguments: dict, expected: dict) -> None:
+    result = config(**te.fp8_fields(**arguments))
+    assert {name: getattr(result, name) for name in expected} == expected
+
+
+def test_fields_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="recipe='mxfp8'"):
+        te.fp8_fields("mxfp8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bf16_layers=\(1, 1\)"):
+        te.fp8_fields("delayed", bf16_layers=(1, 1))
+    with pytest.raises(ValueError, match="first / last layer"):  # megatron-core's own word
+        config(fp8="hybrid", fp8_recipe="delayed", first_last_layers_bf16=True)
