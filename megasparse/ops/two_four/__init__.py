@@ -4,7 +4,7 @@ naive.py    every operation as it is defined
 cpu.py      the same in C++ (cpu.cpp), sixteen groups at a time
 triton.py   the same on CUDA
 
-All backends give the same bits, but where sums of eight weights tie up to rounding.
+All backends give the same bits, but where sums of eight weights tie up to rounding or overflow float32.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def transposable_mask(w: Tensor, method: Literal["exact", "greedy"] = "exact", b
     if w.dim() < 2 or w.shape[-1] % 4 or w.shape[-2] % 4:
         raise ValueError(f"w {list(w.shape)} must be [..., rows, columns], both multiples of 4")
     _check_float(w)
-    matrices = w.detach().reshape(-1, *w.shape[-2:])
+    matrices = w.detach().reshape(math.prod(w.shape[:-2]), *w.shape[-2:])
     return _backend(backend, w).transposable_mask(matrices, method).view(w.shape)
 
 
@@ -128,7 +128,7 @@ def pack_24(w: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """
     if w.dim() == 0 or w.shape[-1] % 4:
         raise ValueError(f"w {list(w.shape)} must be [..., columns], a multiple of 4")
-    rows = w.detach().reshape(-1, w.shape[-1])
+    rows = w.detach().reshape(math.prod(w.shape[:-1]), w.shape[-1])
     full = int((rows.float().ne(0).unflatten(1, (-1, 4)).sum(2) > 2).sum())
     if full:
         raise ValueError(f"{full} groups of four have more than two values that are not zero: prune w first")
@@ -148,7 +148,7 @@ def unpack_24(values: Tensor, metadata: Tensor, backend: Backend = "auto") -> Te
             f"values {list(values.shape)} and metadata {metadata.dtype} {list(metadata.shape)} do not fit: "
             "[..., columns / 2] and uint8 [..., ceil(columns / 8)] are expected"
         )
-    rows = values.reshape(-1, values.shape[-1]), metadata.reshape(-1, metadata.shape[-1])
+    rows = [part.reshape(math.prod(part.shape[:-1]), part.shape[-1]) for part in (values, metadata)]
     return _backend(backend, values).unpack(*rows).view(*values.shape[:-1], 2 * values.shape[-1])
 
 

@@ -42,13 +42,14 @@ using I = typename Lanes<T>::I;
 template <typename T>
 using Four = std::array<F<T>, 4>;
 
+// NaN is the largest number.
 template <typename V>
 V least(V a, V b) {
-  return a < b ? a : b;
+  return (a < b) | (b != b) ? a : b;
 }
 template <typename V>
 V most(V a, V b) {
-  return a < b ? b : a;
+  return (a < b) | (b != b) ? b : a;
 }
 
 template <typename T>

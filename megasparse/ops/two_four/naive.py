@@ -63,9 +63,9 @@ def _greedy(blocks: Tensor) -> Tensor:
     """The largest of sixteen first, each where its row and its column have room."""
     flat = blocks.reshape(-1, 16)
     order = flat.sort(dim=1, descending=True, stable=True).indices
-    rows, columns = torch.zeros(len(flat), 4), torch.zeros(len(flat), 4)
-    mask = torch.zeros(flat.shape, dtype=torch.bool)
-    block = torch.arange(len(flat))
+    rows, columns = flat.new_zeros(len(flat), 4), flat.new_zeros(len(flat), 4)
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    block = torch.arange(len(flat), device=flat.device)
     for place in order.unbind(1):
         row, column = place // 4, place % 4
         free = (rows[block, row] < 2) & (columns[block, column] < 2)

@@ -61,6 +61,14 @@ def test_what_is_not_finite() -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_thresholds_of_every_group_of_special_values(dtype: torch.dtype) -> None:
+    special = torch.tensor([0.0, -0.0, 1.0, -2.0, 3.0, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    w = torch.cartesian_prod(*[special] * 4)
+    ours, reference = (soft_threshold_24(w, backend=backend) for backend in ("cpu", "naive"))
+    torch.testing.assert_close(ours, reference, rtol=0, atol=0, equal_nan=True)
+
+
 def test_any_number_of_threads_gives_the_same() -> None:
     w = weights((256, 512), torch.float32, False)
     threads = torch.get_num_threads()

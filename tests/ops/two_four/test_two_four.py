@@ -36,7 +36,7 @@ def test_both_a_transposable_mask_and_its_transpose_are_two_four(dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *FLOAT8])
-@pytest.mark.parametrize("shape", [(4,), (2, 12), (3, 5, 16), (0, 8)])
+@pytest.mark.parametrize("shape", [(4,), (2, 12), (3, 5, 16), (0, 8), (3, 0)])
 def test_what_is_packed_is_unpacked_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     w = prune_24(gaussian(*shape))[0].to(dtype)
     values, metadata = pack_24(w)
@@ -60,6 +60,13 @@ def test_nan_and_infinity_are_kept() -> None:
     assert soft_threshold_24(w).isnan().any()
     values = prune_24(w)[0]
     torch.testing.assert_close(unpack_24(*pack_24(values)), values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 4)])
+def test_nothing_is_nothing(shape: tuple[int, ...]) -> None:
+    w = torch.empty(shape)
+    assert transposable_mask(w).shape == prune_24(w)[1].shape == soft_threshold_24(w).shape == shape
+    assert mvue_24(w, seed=0).shape == shape
 
 
 def test_nothing_is_differentiated() -> None:
