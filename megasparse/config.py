@@ -289,6 +289,9 @@ class WeightSparsity(Section):
     refresh_interval: PositiveInt | None = None  # optimizer steps between masks; None: 1 for ste, 40 for others (2by4)
     decay: NonNegative | None = None  # sr_ste: what is added to the gradient of a masked weight, times the weight
     decay_ramp: Fraction = 0.0  # share of the run's steps, after dense_start, in which it grows from 0 (AST)
+    mvue: Literal["none", "exact", "approx"] = "none"
+    """The gradient of a weight from an unbiased estimate of its output's, 2:4 along the tokens (ops.two_four.mvue_24);
+    experts' gradients stay whole: which tokens lie side by side there depends on the layout."""
     dense_start: Fraction = 0.0  # share of the run's steps, at its beginning, with dense weights
     dense_end: Fraction = 0.0  # and at its end
 

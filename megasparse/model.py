@@ -22,14 +22,18 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from megasparse import platform
 from megasparse.config import Model, Recipe, WeightSparsity
 from megasparse.layers.attention import CoreAttention, PostNormSelfAttention
 from megasparse.layers.block_sparse import BlockSparseAttention
-from megasparse.layers.linear import SparseColumnParallelLinear, SparseRowParallelLinear
+from megasparse.layers.linear import (
+    NumberedTransformerLayer,
+    SparseColumnParallelLinear,
+    SparseRowParallelLinear,
+)
 from megasparse.layers.moe import MoELayer, PostNormMLP, PostNormMoELayer
 from megasparse.layers.norms import FullWidthRMSNorm, HeadRMSNorm, LayerNorm, RMSNorm
 from megasparse.layers.nsa import Branches, NativeSparseAttention, PostNormBranches
@@ -95,6 +99,7 @@ def build_model(recipe: Recipe, topology: Topology, vocab_size: int) -> tuple[nn
         recompute=recipe.training.recompute == "full",
         seq_length=recipe.data.seq_length,
         context_parallel=topology.cp,
+        context_rank=topology.cp_rank,
     )
     counts = stage_layers(recipe.parallel, model.num_layers)
     chunks = nn.ModuleList()
@@ -190,7 +195,7 @@ def norm_of(model: Model) -> type:
 
 def layer_spec(recipe: Recipe, index: int, topology: Topology, state: StepState) -> ModuleSpec:
     """The transformer layer ``index`` (from 0)."""
-    model, linears = recipe.model, Linears(recipe, index)
+    model, linears = recipe.model, Linears(recipe, index, state)
     post = model.norm_placement == "post"
     input_norm = IdentityOp if post else norm_of(model)
     attention = ModuleSpec(
@@ -220,7 +225,8 @@ def layer_spec(recipe: Recipe, index: int, topology: Topology, state: StepState)
             submodules=linears.mlp("mlp"),
         )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=NumberedTransformerLayer,
+        params={"state": state},
         submodules=TransformerLayerSubmodules(
             input_layernorm=input_norm,
             self_attention=attention,
@@ -238,6 +244,7 @@ class Linears:
 
     recipe: Recipe
     index: int
+    state: StepState
 
     def column(self, name: str) -> Any:
         return self._linear(name, ColumnParallelLinear, SparseColumnParallelLinear)
@@ -257,7 +264,9 @@ class Linears:
         sparsity = self._sparsity(f"{name}.weight")
         if sparsity is None:
             return dense
-        return ModuleSpec(module=sparse, params={"name": f"{self._layer}.{name}", "sparsity": sparsity})
+        return ModuleSpec(
+            module=sparse, params={"name": f"{self._layer}.{name}", "sparsity": sparsity, "state": self.state}
+        )
 
     def _sparsity(self, weight: str) -> WeightSparsity | None:
         return self.recipe.sparsity.weights if f"{self._layer}.{weight}" in self.recipe.sparse_weights else None

@@ -202,6 +202,10 @@ def _broken_rules(recipe: Recipe, layout: Layout) -> Iterator[str]:
             f"model.sparse_attention.query_block_size={sparse.query_block_size} does not divide "
             f"data.seq_length={seq} / (2 * cp={2 * cp})"
         )
+    weights = recipe.sparsity.weights
+    unit = 4 * (2 * cp if cp > 1 else 1)
+    if weights is not None and weights.mvue != "none" and seq % unit:
+        yield f"data.seq_length={seq} is not divisible by {unit}: sparsity.weights.mvue takes four tokens of a part"
     if ep > 1 and moe is None:
         yield f"ep={ep} needs model.moe: a dense model has no experts"
     if moe is not None and moe.num_experts % ep:

@@ -261,6 +261,13 @@ TWO_FOUR = {
         {"micro_batch_size": 1},
         sparsity={"weights": {**EVERYWHERE, "method": "sr_ste", "decay": 0.02, "decay_ramp": 0.1, "dense_start": 0.05}},
     ),
+    "mvue": small.recipe(
+        {"num_layers": 4, "bias": "qkv"},
+        {**MOE, "layers": [0, 1, 0, 0], "shared_expert_ffn_hidden_size": 16},
+        {"recompute": "full"},
+        data={"seq_length": 32},
+        sparsity={"weights": {**EVERYWHERE, "method": "s_ste", "mvue": "exact"}},
+    ),
     "s_ste": small.recipe(
         {"bias": "qkv"},
         {**MOE, "layers": [0, 1]},
@@ -275,6 +282,7 @@ TWO_FOUR = {
     [
         *[("transposable", layout) for layout in ("tp2+sp", "pp2vp2", "cp2", "ep2", "dp2", "dp2+zero2", "dp2+offload")],
         ("transposable", "tp2pp2ep2"),
+        *[("mvue", layout) for layout in ("tp2+sp", "tp2", "pp2vp2", "tp2cp2", "dp2")],
         *[("s_ste", layout) for layout in ("tp2", "ep2", "tp2pp2ep2", "dp2+zero0")],
     ],
 )

@@ -24,6 +24,8 @@ class StepState:
     recompute: bool = False  # layers run twice: the first time without gradients
     seq_length: int = 0  # tokens of a training sequence, by whose blocks the budget of block-sparse attention shrinks
     context_parallel: int = 1  # ranks that share a micro-batch's tokens, over which DeepSpeed averages gradients
+    context_rank: int = 0
+    token_index: Tensor | None = None  # of the layer that runs: its tokens' numbers in the run, int64 [batch, some]
     means: dict[str, Tensor] = field(default_factory=dict)  # over micro-batches and layers, this rank's part
     blocks: dict[str, Tensor] = field(
         default_factory=dict
