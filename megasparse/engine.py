@@ -130,6 +130,8 @@ class Engine:
             group["lr"] = learning_rate
         tokens = self._loss_tokens(batches)
         losses = self._forward_backward(batches, scale=self.topology.replicas / tokens)
+        for sparse in self._sparse.values():
+            sparse.end_step()
         statistics = self._reduce_statistics(losses, tokens, refresh)
         loss_scale = self.loss_scale()
         self._norm = self._gradient_norm()

@@ -6,15 +6,17 @@ import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megasparse.config import WeightSparsity
-from megasparse.layers.step import StepState
 from megasparse.ops.two_four import mvue_24
+
+if TYPE_CHECKING:
+    from megasparse.layers.step import StepState
 
 MASK64 = 2**64 - 1
 

@@ -53,23 +53,32 @@ class SparseWeight(nn.Module):
             )
         self.name, self.sparsity, self.tp_group = name, sparsity, tp_group
         self.weight = (weight,)  # in a tuple: it is the layer's parameter, not this module's
+        self.in_step = False
+        self.product: Tensor | None = None  # what a step's micro-batches multiply by, once the first has made it
         self.register_buffer("mask", torch.ones(weight.shape, dtype=torch.bool))
         if sparsity.method == "s_ste":
             self.register_buffer("scale", torch.zeros(matrices or [1]))
 
     def forward(self, weight: Tensor) -> Tensor:
-        match self.sparsity.method:
-            case "s_ste":
-                scale = self.scale if weight.dim() == 2 else self.scale[:, None, None]
-                return _SoftThreshold.apply(weight, scale)  # type: ignore[no-any-return]
-            case "asp":
-                return torch.where(self.mask, weight, 0.0)
-            case _:
-                return _StraightThrough.apply(weight, self.mask)  # type: ignore[no-any-return]
+        product = self._sparse(weight) if self.product is None else self.product
+        if self.in_step:
+            self.product = product
+        # Straight through; what was pruned for good gets no gradient.
+        return _Substitute.apply(weight, product, self.mask if self.sparsity.method == "asp" else None)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _sparse(self, weight: Tensor) -> Tensor:
+        if self.sparsity.method != "s_ste":
+            return torch.where(self.mask, weight, 0.0)
+        scale = self.scale if weight.dim() == 2 else self.scale[:, None, None]
+        soft = two_four.soft_threshold_24(weight).mul_(scale.to(weight.dtype))
+        return torch.where(scale > 0, soft, weight)
 
     @torch.no_grad()
     def begin_step(self, step: int, steps: int) -> Refresh:
-        """Before step ``step`` (from 0) of ``steps``: a new mask if one is due. Every rank of tp_group calls it."""
+        """Before step ``step`` (from 0) of ``steps``: a new mask if one is due. Every rank of tp_group calls it. Until
+        ``end_step``, the weight is taken not to change."""
+        self.in_step, self.product = True, None
         before, now = (schedule.weights_are_sparse((s + 1) / steps, self.sparsity) for s in (step - 1, step))
         first = now and not (before and step > 0)
         if not now:
@@ -85,6 +94,9 @@ class SparseWeight(nn.Module):
         flips.kept, flips.all = (m.sum(dtype=torch.float64).item() for m in (magnitude * mask, magnitude))
         self.mask.copy_(mask)
         return flips
+
+    def end_step(self) -> None:
+        self.in_step, self.product = False, None
 
     def _mask(self, weight: Tensor) -> Tensor:
         if self.sparsity.transposable:
@@ -110,26 +122,14 @@ def sparse_weights(module: nn.Module) -> Iterator[SparseWeight]:
     return (child for child in module.modules() if isinstance(child, SparseWeight))
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The masked weight; every weight gets the gradient of its place."""
+class _Substitute(torch.autograd.Function):
+    """``product`` in place of the weight, which gets its gradient, where ``mask`` is given only there."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0.0)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None
-
-
-class _SoftThreshold(torch.autograd.Function):
-    """S-STE: scale * S(w), and w itself where scale is 0; the gradient passes as it is, without the scale."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, scale: Tensor) -> Tensor:
-        soft = two_four.soft_threshold_24(weight) * scale.to(weight.dtype)
-        return torch.where(scale > 0, soft, weight)
+    def forward(ctx, weight: Tensor, product: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.mask = mask
+        return product.detach()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return gradient, None
+        return gradient if ctx.mask is None else gradient * ctx.mask, None, None

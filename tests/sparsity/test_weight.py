@@ -89,12 +89,26 @@ def test_the_scale_of_s_ste_is_frozen_and_each_expert_has_its_own() -> None:
     module.begin_step(1, 10)
     assert_close(module.scale, torch.stack([sste_scale(w) for w in weight]), 1e-6)
     before = module.scale.clone()
+    module.end_step()
     weight.data.mul_(torch.rand_like(weight))
     module.begin_step(2, 10)
     assert torch.equal(module.scale, before)
     assert_close(
         module(weight), torch.stack([s * soft_threshold_24(w) for s, w in zip(before, weight, strict=True)]), 1e-6
     )
+
+
+def test_what_is_multiplied_is_made_once_a_step_and_follows_the_weights_after_it() -> None:
+    weight = gaussian(8, 16)
+    module = sparse(weight, method="ste")
+    module.begin_step(0, 10)
+    with torch.no_grad():
+        first = module(weight)  # as in a layer that is recomputed
+    assert module(weight).data_ptr() == first.data_ptr()
+    module.end_step()
+    weight.data.mul_(-2)
+    assert torch.equal(module(weight), -2 * first)
+    assert module.product is None
 
 
 # When masks change ----------------------------------------------------------------------------------------------------
