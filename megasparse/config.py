@@ -276,22 +276,35 @@ class Model(Section):
 class WeightSparsity(Section):
     """2:4 weights: of every four in a row, two at most take part in the forward pass (sparsity/)."""
 
-    method: Literal["ste", "sr_ste", "s_ste", "asp"]
-    """ste: the mask follows the weights, and every weight gets the gradient of its place in the product. sr_ste: the
-    same, and what is masked decays (Zhou et al. 2021; before Adam: 2by4). s_ste: soft thresholding, continuous in the
-    weights (S-STE). asp: dense up to dense_start, then one mask to the end (Mishra et al. 2021)."""
+    method: Literal["dense", "ste", "sr_ste", "s_ste", "asp", "ast", "mdgf", "sdgf"]
+    """dense: masks are made and what flips is counted, as the others are compared with it (2by4), but they are not
+    applied. ste: the mask follows the weights, and every weight gets the gradient of its place in the product.
+    sr_ste: the same, and what is masked decays (Zhou et al. 2021; before Adam: 2by4). ast: the same, and the decay is
+    no part of Adam's momentum (AST). s_ste: soft thresholding, continuous in the weights (S-STE). asp: dense up to
+    dense_start, then one mask to the end (Mishra et al. 2021). mdgf: what is masked fades out over ``ramp``, in the
+    product and in the gradient; sdgf: more and more of each m is masked, down to n (Bambhaniya et al. 2024)."""
     targets: list[str] = [r"\.mlp\.(linear|experts|shared_experts)"]
     """Regular expressions, searched for in the names of Model.linear_weights: what becomes 2:4. Default: MLPs."""
+    pattern: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] = "2:4"  # n:m, others for mdgf and sdgf only
     mask: Literal["transposable", "row"] | None = None
     """transposable: two of four in rows and columns, so that the product for the input's gradient is 2:4 as well.
     None: transposable for sr_ste, row for the others."""
     search: Literal["exact", "greedy"] = "exact"  # of transposable masks (ops.two_four.transposable_mask)
-    refresh_interval: PositiveInt | None = None  # optimizer steps between masks; None: 1 for ste, 40 for others (2by4)
-    decay: NonNegative | None = None  # sr_ste: what is added to the gradient of a masked weight, times the weight
-    decay_ramp: Fraction = 0.0  # share of the run's steps, after dense_start, in which it grows from 0 (AST)
+    score: Literal["magnitude", "wanda"] = "magnitude"
+    """What the mask keeps the largest of: |w|, or |w| times the root mean square of its input over the samples of the
+    first sparse step (Wanda), which then stays."""
+    refresh_interval: PositiveInt | None = None
+    """Optimizer steps between masks. None: 1 for ste, 10 for ast (AST), 40 for the others (2by4)."""
+    decay: NonNegative | None = None  # sr_ste, ast: times the weight, what is added to a masked weight's gradient
+    boost: PositiveInt | None = None  # ast: columns that share a weight beside the 2:4 ones (SLoRB's k); None: no boost
+    ramp: Fraction = 0.0
+    """Share of the run's steps, after dense_start, in which the decay grows (AST), or what is masked fades."""
     mvue: Literal["none", "exact", "approx"] = "none"
     """The gradient of a weight from an unbiased estimate of its output's, 2:4 along the tokens (ops.two_four.mvue_24);
     experts' gradients stay whole: which tokens lie side by side there depends on the layout."""
+    products: Literal["auto", "masked", "semi_structured"] = "auto"
+    """How products are computed (ops/two_four/matmul.py): masked, as those of dense weights; semi_structured by CUDA's
+    2:4 kernels, linear layers only; auto: semi_structured where it runs. The log says which."""
     dense_start: Fraction = 0.0  # share of the run's steps, at its beginning, with dense weights
     dense_end: Fraction = 0.0  # and at its end
 
@@ -301,28 +314,53 @@ class WeightSparsity(Section):
 
     @property
     def interval(self) -> int:
-        return self.refresh_interval or (1 if self.method == "ste" else 40)
+        return self.refresh_interval or {"ste": 1, "ast": 10}.get(self.method, 40)
+
+    @property
+    def cuts_gradients(self) -> bool:
+        """Does a masked weight get no gradient, or less of it?"""
+        return self.method in ("asp", "mdgf", "sdgf")
+
+    @property
+    def n_of_m(self) -> tuple[int, int]:
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
 
     @model_validator(mode="after")
     def _check(self) -> WeightSparsity:
-        if self.dense_start + self.decay_ramp + self.dense_end > 1:
+        if self.dense_start + self.ramp + self.dense_end > 1:
             raise ValueError(
-                f"dense_start={self.dense_start} + decay_ramp={self.decay_ramp} + dense_end={self.dense_end} "
-                "are more than the run"
+                f"dense_start={self.dense_start} + ramp={self.ramp} + dense_end={self.dense_end} are more than the run"
             )
-        if self.method == "sr_ste" and self.decay is None:
-            raise ValueError("method=sr_ste needs decay: 6e-5 to 2e-4 for GPT-2 (2by4), tools/find_decay.py finds it")
-        for field, value, methods in (
-            ("decay", self.decay, ["sr_ste"]),
-            ("decay_ramp", self.decay_ramp or None, ["sr_ste"]),
-            ("refresh_interval", self.refresh_interval if self.method == "asp" else None, []),
-            ("mask", self.mask if self.method == "s_ste" else None, []),
-            ("dense_end", (self.dense_end or None) if self.method == "s_ste" else None, []),
+        decays, fades = ("sr_ste", "ast"), ("mdgf", "sdgf")
+        masks = ("dense", "ste", "sr_ste", "asp", "ast", *fades)
+        for field, unset, methods in (
+            ("decay", None, decays),
+            ("ramp", 0.0, decays + fades),
+            ("pattern", "2:4", fades),
+            ("boost", None, ("ast",)),
+            ("refresh_interval", None, ("dense", "ste", "sr_ste", "s_ste", "ast", *fades)),
+            ("mask", None, masks),
+            ("score", "magnitude", masks),
+            ("dense_end", 0.0, masks),
         ):
-            if value is not None and self.method not in methods:
-                raise ValueError(f"{field}={value} with method={self.method}: it has none, unset it")
-        if self.method == "asp" and self.dense_start == 0:
-            raise ValueError("method=asp prunes a trained model: set dense_start, the share of the run before that")
+            if getattr(self, field) != unset and self.method not in methods:
+                raise ValueError(f"{field}={getattr(self, field)} with method={self.method}: it has none, unset it")
+        if self.method in decays and self.decay is None:
+            raise ValueError(
+                f"method={self.method} needs decay: 6e-5 to 2e-4 for GPT-2 (2by4), tools/find_decay.py finds it"
+            )
+        if self.boost and self.dense_end:
+            raise ValueError(
+                f"boost={self.boost} with dense_end={self.dense_end}: it belongs to sparse weights, unset one"
+            )
+        n, m = self.n_of_m
+        if n >= m:
+            raise ValueError(f"pattern={self.pattern} masks nothing: n of each m are kept, n < m")
+        if self.transposable and self.pattern != "2:4":
+            raise ValueError(f"mask=transposable with pattern={self.pattern}: it is 2:4")
+        if self.method == "sdgf" and (self.ramp == 0 or self.transposable):
+            raise ValueError("method=sdgf goes from m-1 of m to n of m in rows: set ramp, and unset mask")
         for target in self.targets:
             try:
                 re.compile(target)
@@ -375,6 +413,45 @@ class Parallel(Section):
     offload_optimizer: bool = False  # ZeRO's master weights and moments, and the step, on the CPU
 
 
+class Teacher(Section):
+    """Knowledge distillation: the loss of a token is (1 - weight) times its cross-entropy, plus weight * temperature^2
+    times KL(teacher || student), both softened to softmax(logits / temperature) (Hinton et al. 2015)."""
+
+    checkpoint: Path  # a folder step_N of a run, of any model with the same vocabulary
+    temperature: PositiveFloat = 2.0  # AST
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.67  # AST
+
+
+class Fp8(Section):
+    """FP8 products of attention's and MLPs' linear layers and of experts, by one of Transformer Engine's recipes.
+
+    x and weights are cast to e4m3. Embedding, output layer, routers, norms, and what attention has besides its linear
+    layers, stay in training.precision. NVIDIA GPUs run Transformer Engine, a CPU emulates it (ops/fp8).
+    """
+
+    recipe: Literal["delayed", "current", "block"]
+    """Where scales come from. delayed: the largest values of earlier steps. current: each tensor itself. block: each
+    128 of its values, or 128 x 128 of a weight's (DeepSeek-V3). Megatron's fp8_recipe calls the last two tensorwise and
+    blockwise."""
+    gradients: Literal["e5m2", "e4m3"] = "e5m2"  # of outputs: Megatron's fp8 is hybrid or e4m3
+    margin: int = Field(default=0, ge=0)  # delayed: as many powers of two below the largest number of the type
+    amax_history_len: PositiveInt = 1024  # delayed: steps looked back on
+    amax_compute_algo: Literal["max", "most_recent"] = "max"  # delayed: what of them counts
+    num_layers_at_start_in_bf16: int = Field(default=0, ge=0)  # transformer layers that stay in training.precision,
+    num_layers_at_end_in_bf16: int = Field(default=0, ge=0)  # at both ends of the model
+    experts: bool = True  # routed experts too
+    emulate: bool = False  # on a GPU as well: what Transformer Engine cannot do, slower than without FP8
+    rounding: Literal["nearest", "smooth"] = "nearest"
+    """smooth: emulation with a continuous map in place of the cast, by the same scales: verify's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Fp8:
+        for field, unset in (("margin", 0), ("amax_history_len", 1024), ("amax_compute_algo", "max")):
+            if getattr(self, field) != unset and self.recipe != "delayed":
+                raise ValueError(f"{field}={getattr(self, field)} with recipe={self.recipe}: it has none, unset it")
+        return self
+
+
 class Training(Section):
     """How long, in what portions and in which precision."""
 
@@ -382,6 +459,7 @@ class Training(Section):
     global_batch_size: PositiveInt = 32  # sequences per optimizer step, over all ranks
     micro_batch_size: PositiveInt = 8  # sequences per forward pass of one rank
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    fp8: Fp8 | None = None
     loss_scale: PositiveFloat = 65536.0  # fp16: the first dynamic loss scale
     loss_scale_window: PositiveInt = 1000  # fp16: good steps before the scale doubles
     recompute: Literal["none", "full"] = "none"  # full: each layer's activations are recomputed in backward
@@ -393,6 +471,9 @@ class Training(Section):
     keep_checkpoints: PositiveInt = 2  # the newest ones kept
     keep_every: int = Field(default=0, ge=0)  # steps; 0: none: checkpoints kept for good, a multiple of save_interval
     async_save: bool = False  # a checkpoint is copied and written while training goes on
+    initial_checkpoint: Path | None = None
+    """A folder step_N of another run, whose weights and router biases a new run begins with; None: drawn from seed."""
+    teacher: Teacher | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Training:
@@ -441,14 +522,41 @@ class Recipe(Section):
         targets = weights.targets if weights else []
         return [name for name in self.model.linear_weights if any(re.search(target, name) for target in targets)]
 
+    @property
+    def fp8_weights(self) -> list[str]:
+        """Names of the weights that are multiplied in FP8."""
+        fp8 = self.training.fp8
+        if fp8 is None:
+            return []
+        layers = range(fp8.num_layers_at_start_in_bf16, self.model.num_layers - fp8.num_layers_at_end_in_bf16)
+        return [
+            name
+            for name in self.model.linear_weights
+            if int(name.split(".")[2]) in layers and (fp8.experts or ".mlp.experts." not in name)
+        ]
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         model, data, training = self.model, self.data, self.training
-        for target in self.sparsity.weights.targets if self.sparsity.weights else []:
+        weights = self.sparsity.weights
+        if weights and weights.method == "asp" and weights.dense_start == 0 and training.initial_checkpoint is None:
+            raise ValueError(
+                "sparsity.weights.method=asp prunes a trained model: set training.initial_checkpoint, or "
+                "sparsity.weights.dense_start, the share of the run before that"
+            )
+        for target in weights.targets if weights else []:
             if not any(re.search(target, name) for name in model.linear_weights):
                 raise ValueError(
                     f"sparsity.weights.targets: {target!r} is in no name of {', '.join(model.linear_weights)}"
                 )
+        if training.fp8 is not None and not self.fp8_weights:
+            raise ValueError(
+                f"training.fp8: num_layers_at_start_in_bf16={training.fp8.num_layers_at_start_in_bf16} and "
+                f"num_layers_at_end_in_bf16={training.fp8.num_layers_at_end_in_bf16} leave none of "
+                f"model.num_layers={model.num_layers} in FP8: lower one"
+            )
+        if training.fp8 is not None and not training.fp8.experts and model.moe is None:
+            raise ValueError("training.fp8.experts=false without model.moe: there are none, unset it")
         if training.global_batch_size % training.micro_batch_size:
             raise ValueError(
                 f"training.global_batch_size={training.global_batch_size} is not divisible by "

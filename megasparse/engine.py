@@ -27,9 +27,12 @@ from torch import Tensor
 from megasparse import platform, schedule
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
+from megasparse.distillation import Teacher
+from megasparse.layers import fp8
 from megasparse.layers.step import StepState, attention_observations, auxiliary_losses
+from megasparse.layers.wanda import measure_inputs
 from megasparse.model import GPTModel, Weight, local_weights, moe_layers
-from megasparse.sparsity.weight import Refresh, sparse_weights
+from megasparse.sparsity.weight import Refresh, SparseWeight, sparse_weights
 from megasparse.topology import MegatronMPU, Topology
 
 
@@ -50,6 +53,9 @@ class StepResult:
     sparsity: dict[str, float]
     """Of 2:4 weights whose masks were made anew: ``mass_kept``, the share of the sum of magnitudes that they keep, and
     ``flip_rate``, the share of places that changed since the masks before. Else empty."""
+    distillation: dict[str, float]
+    """With a teacher: ``distillation_loss``, KL(teacher || student) per token, before its weight and temperature^2.
+    Else empty."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,16 @@ class _Place:
 class Engine:
     """The model of this rank under DeepSpeed: ``train_step``, ``evaluate``, and the module for checkpoints."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, chunks: nn.ModuleList, step_state: StepState) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        topology: Topology,
+        chunks: nn.ModuleList,
+        step_state: StepState,
+        teacher: Teacher | None = None,
+    ) -> None:
         self.recipe, self.topology, self.chunks, self.step_state = recipe, topology, chunks, step_state
+        self.teacher = teacher
         self.config: Any = chunks[0].config
         if recipe.training.precision == "fp16":
             platform.allow_fp16()
@@ -107,8 +121,11 @@ class Engine:
             self.config.grad_scale_func = lambda loss: loss * self.optimizer.loss_scale
         self.before_step: Callable[[], None] | None = None  # to look at gradients: reduced, not yet clipped
         self._moe = moe_layers(chunks)
+        self._fp8 = fp8.fp8_scales(chunks)
         self._sparse = {sparse.weight[0]: sparse for sparse in sparse_weights(chunks)}
-        self.adam.register_step_pre_hook(self._decay_masked)
+        if self._sparse:
+            self.adam.register_step_pre_hook(self._decay_before_adam)
+            self.adam.register_step_post_hook(self._decay_after_adam)
         self._partial = [
             weight.tensor
             for weight in local_weights(chunks, topology)
@@ -124,12 +141,14 @@ class Engine:
     def train_step(self, batches: list[Batch], step: int, learning_rate: float) -> StepResult:
         """One optimizer step (``step`` counts from 0) on this rank's micro-batches."""
         self.chunks.train()
+        refresh = self._begin_sparse(step, batches)
         self.step_state.begin(step, self.recipe.training.steps, len(batches))
-        refresh = self._refresh_masks(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         tokens = self._loss_tokens(batches)
-        losses = self._forward_backward(batches, scale=self.topology.replicas / tokens)
+        scale = self.topology.replicas / tokens
+        self.step_state.gradient_unit = scale * self.loss_scale()
+        losses = self._forward_backward(batches, scale)
         for sparse in self._sparse.values():
             sparse.end_step()
         statistics = self._reduce_statistics(losses, tokens, refresh)
@@ -141,6 +160,7 @@ class Engine:
         self._clip_and_step(finite)
         for layer, moe in self._moe:
             moe.router.end_step(statistics.expert_tokens[layer] if finite else None)
+        fp8.end_step(self._fp8, self.topology.stage_group, done=finite)
         is_moe = torch.tensor(self.recipe.model.moe_layers)
         routed = statistics.expert_tokens.sum().item()
         return StepResult(
@@ -153,15 +173,34 @@ class Engine:
             dropped_fraction=statistics.dropped / routed if routed else 0.0,
             attention=statistics.attention,
             sparsity=statistics.sparsity,
+            distillation=statistics.distillation,
         )
 
-    def _refresh_masks(self, step: int) -> Refresh:
-        """Make the masks of 2:4 weights anew where they are due; returns this rank's share in what changed."""
-        total = Refresh()
+    def _begin_sparse(self, step: int, batches: list[Batch]) -> Refresh:
+        """Make the masks of sparse weights anew where they are due; returns this rank's share in what changed."""
+        steps, total = self.recipe.training.steps, Refresh()
+        first = any(sparse.becomes_sparse(step, steps) for sparse in self._sparse.values())
+        sparsity = self.recipe.sparsity.weights
+        if first and sparsity is not None and sparsity.score == "wanda":
+            self.chunks.eval()
+            measure_inputs(self.chunks, self.topology, lambda: self._run(batches))
+            self.chunks.train()
         for weight, sparse in self._sparse.items():
             copies = self.topology.replicas if getattr(weight, "allreduce", True) else self.topology.expert_dp
-            total.add(sparse.begin_step(step, self.recipe.training.steps), 1 / copies)
+            total.add(sparse.begin_step(step, steps), 1 / copies)
+        if first:
+            self._take_over({sparse.boost for sparse in self._sparse.values() if sparse.boost is not None})
         return total
+
+    def _run(self, batches: list[Batch]) -> None:
+        self._forward_backward(batches, scale=1.0, forward_only=True)
+
+    def _take_over(self, parameters: set[nn.Parameter]) -> None:
+        """Parameters that were given other values: the optimizer's own copies follow."""
+        for fragment in self.fragments():
+            if fragment.weight.tensor in parameters:
+                flat = fragment.weight.tensor.detach().view(-1)
+                fragment.master.copy_(flat[fragment.start : fragment.start + len(fragment.master)])
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -172,7 +211,7 @@ class Engine:
             # Interleaved stages want as many micro-batches as stages: the others are copies that are not counted.
             copies = [batch] * (self.topology.pp if self.topology.vp > 1 else 1)
             losses = self._forward_backward(copies, scale=1.0, forward_only=True)
-            nats += sum(loss.item() for loss in losses[:1])
+            nats += sum(loss[0].item() for loss in losses[:1])
             tokens += batch.loss_mask.sum().item() / self.topology.cp  # the same on every context-parallel rank
         nats = nats if self._reports_loss else 0.0
         tokens = tokens if self._reports_loss else 0.0
@@ -180,15 +219,19 @@ class Engine:
         return nats, round(tokens)
 
     def _forward_backward(self, batches: list[Batch], scale: float, forward_only: bool = False) -> list[Tensor]:
-        """Run the pipeline; returns each micro-batch's summed loss on the last stage, [] elsewhere."""
+        """Run the pipeline; returns each micro-batch's summed loss on the last stage, [1], in training with a teacher
+        [2], with the divergence from it; [] elsewhere."""
         place = self.topology
         parts = [batch.context_part(place.cp_rank, place.cp) for batch in batches]
         chunks = list(self.chunks)
+        distill = self.teacher.distill(parts) if self.teacher is not None and not forward_only else None
         self._started = 0
         # megatron-core scales auxiliary losses where the model has experts: a dense one's gates have a loss too.
         MoEAuxLossAutoScaler.main_loss_backward_scale = torch.full((1,), self.loss_scale(), device=platform.device())
         return get_forward_backward_func()(
-            forward_step_func=lambda iterator, model: self._forward(next(iterator), model, scale, len(batches)),
+            forward_step_func=lambda iterator, model: self._forward(
+                next(iterator), model, scale, len(batches), distill if model.post_process else None
+            ),
             data_iterator=[iter(parts) for _ in chunks] if place.vp > 1 else iter(parts),
             model=chunks if place.vp > 1 else chunks[0],
             num_microbatches=len(parts),
@@ -197,7 +240,9 @@ class Engine:
             forward_only=forward_only,
         )
 
-    def _forward(self, batch: Batch, model: GPTModel, scale: float, num_micro_batches: int) -> tuple[Tensor, Any]:
+    def _forward(
+        self, batch: Batch, model: GPTModel, scale: float, num_micro_batches: int, distill: Iterator[Any] | None
+    ) -> tuple[Tensor, Any]:
         if self.recipe.parallel.zero_stage == 2 and torch.is_grad_enabled():
             # Its hooks reduce each backward's gradients: close the previous one's, and say whether this is the last.
             if self._started > 0:
@@ -205,6 +250,7 @@ class Engine:
             self._started += 1
             self.deepspeed.set_gradient_accumulation_boundary(self._started == num_micro_batches)
         batch = batch.to(platform.device())
+        model.distill = None if distill is None else next(distill)
         output = model(
             batch.tokens,
             batch.position_ids,
@@ -212,12 +258,15 @@ class Engine:
             labels=batch.labels,
             padding_mask=batch.token_index,
         )
+        model.distill = None  # the teacher's logits are of no more use
 
         def loss_function(token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            """Token losses [batch, seq] -> what is differentiated: the local sum over the global batch's tokens,
-            times the number of replicas that DeepSpeed's average will divide by."""
-            total = (token_losses * batch.loss_mask).sum()
-            return total * scale, batch.loss_mask.sum().int(), total.detach()
+            """Token losses [batch, seq], or two of them -> what is differentiated: the local sum over the global
+            batch's tokens, times the number of replicas that DeepSpeed's average will divide by."""
+            losses = [token_losses] if distill is None else token_losses.unbind()
+            totals = [(loss * batch.loss_mask).sum() for loss in losses]
+            objective = totals[0] if self.teacher is None or distill is None else self.teacher.objective(*totals)
+            return objective * scale, batch.loss_mask.sum().int(), torch.stack(totals).detach()
 
         return output, loss_function
 
@@ -264,21 +313,37 @@ class Engine:
             self.optimizer.zero_grad()
         self.chunks.zero_grad()
 
-    def _decay_masked(self, adam: torch.optim.Optimizer, *_: Any) -> None:
-        """Right before ``adam`` steps: the decay of masked weights becomes a part of the gradient. Under ZeRO it steps
-        one of its groups at a time."""
+    def _decay_before_adam(self, adam: torch.optim.Optimizer, *_: Any) -> None:
+        """Right before ``adam`` steps: the decay of masked weights becomes a part of the gradient (2by4)."""
+        for sparse, place, part in self._decaying(adam, "sr_ste"):
+            assert place.owner.grad is not None
+            gradient, weight = (tensor.detach().view(-1)[part] for tensor in (place.owner.grad, place.owner))
+            sparse.add_decay(gradient, weight, place.start, self._mask_decay)
+
+    def _decay_after_adam(self, adam: torch.optim.Optimizer, *_: Any) -> None:
+        """Right after it: masked weights decay as by an update of Adam's that its momentum has no part in (AST)."""
+        group = adam.param_groups[0]
+        for sparse, place, part in self._decaying(adam, "ast"):
+            state = adam.state[place.owner]
+            corrected = state["exp_avg_sq"].view(-1)[part] / (1 - group["betas"][1] ** state["step"].item())
+            rate, weight = group["lr"] * self._mask_decay, place.owner.detach().view(-1)[part]
+            sparse.decay_after_adam(weight, corrected, place.start, rate, group["eps"])
+
+    @property
+    def _mask_decay(self) -> float:
         sparsity = self.recipe.sparsity.weights
-        decay = schedule.mask_decay(self.step_state.progress, sparsity) if sparsity else 0.0
-        if decay == 0:
+        return schedule.mask_decay(self.step_state.progress, sparsity) if sparsity else 0.0
+
+    def _decaying(self, adam: torch.optim.Optimizer, method: str) -> Iterator[tuple[SparseWeight, _Place, slice]]:
+        """The sparse weights that decay by ``method`` and that ``adam`` steps now: under ZeRO, a group at a time."""
+        sparsity = self.recipe.sparsity.weights
+        if sparsity is None or sparsity.method != method or self._mask_decay == 0:
             return
         stepping = {parameter for group in adam.param_groups for parameter in group["params"]}
         for weight, sparse in self._sparse.items():
             place = self._place_in_adam(weight)
             if place is not None and place.owner in stepping:
-                part = slice(place.offset, place.offset + place.size)
-                assert place.owner.grad is not None
-                gradient, master = place.owner.grad.view(-1)[part], place.owner.detach().view(-1)[part]
-                sparse.add_decay(gradient, master, place.start, decay)
+                yield sparse, place, slice(place.offset, place.offset + place.size)
 
     def _bf16_step(self) -> None:
         """BF16_Optimizer's step without its norm: gradients are clipped and known to be finite."""
@@ -387,12 +452,15 @@ class Engine:
         counts = torch.zeros(model.num_layers, (moe.num_experts if moe else 0) + 1)
         for layer, mixture in self._moe:
             counts[layer] = mixture.router.counts
-        own_loss = sum(loss.item() for loss in losses) / tokens if self._reports_loss else 0.0
+        own_losses = [0.0, 0.0]  # and the divergence from a teacher
+        if self._reports_loss:
+            for i in range(1 if self.teacher is None else 2):
+                own_losses[i] = sum(loss[i].item() for loss in losses) / tokens
         own_means = [float(self.step_state.means.get(name, 0.0)) / self.topology.dp for name in names]
         own_blocks = [float(self.step_state.blocks.get(name, 0.0)) for name in ("listed", "all")]
         own_masks = [refresh.flipped, refresh.compared, refresh.kept, refresh.all]
-        sums = self._all_reduce([own_loss, *own_blocks, *own_masks, *own_means, *counts.flatten().tolist()], None)
-        loss, listed, blocks, flipped, compared, kept, all_, *rest = sums
+        sums = self._all_reduce([*own_losses, *own_blocks, *own_masks, *own_means, *counts.flatten().tolist()], None)
+        loss, distilled, listed, blocks, flipped, compared, kept, all_, *rest = sums
         counts = torch.tensor(rest[len(names) :], dtype=torch.float64).view(counts.shape).long()
         means = dict(zip(names, rest, strict=False))
         auxiliary = {name: means.pop(name) for name in losses_of_layers}
@@ -406,6 +474,7 @@ class Engine:
                 **({"mass_kept": kept / all_} if all_ else {}),
                 **({"flip_rate": flipped / compared} if compared else {}),
             },
+            distillation={} if self.teacher is None else {"distillation_loss": distilled},
         )
 
     def _all_reduce(self, values: list[float], group: dist.ProcessGroup | None) -> list[float]:
@@ -424,6 +493,7 @@ class _Statistics:
     dropped: int
     attention: dict[str, float]
     sparsity: dict[str, float]
+    distillation: dict[str, float]
 
 
 def parameter_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def flops_per_token(model: Model, vocab_size: int, seq_length: int, block_densit
     Backward is twice forward; recomputation does not count (PaLM's model FLOPs). Attention is counted as causal: a
     token sees (seq_length + 1) / 2 positions on average, documents not separated, and in block-sparse layers
     ``block_density`` of them; choosing them does not count. Of the experts, top_k count, tokens dropped over capacity
-    included.
+    included. A teacher's forward pass does not count (training.teacher).
     """
     hidden = model.hidden_size
     query, key_value = model.head_size * model.num_attention_heads, model.head_size * model.kv_heads

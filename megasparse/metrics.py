@@ -203,6 +203,7 @@ QUALITY = [
     _Shown("attention_recall", "recall", "{:.1f}%", 100),
     _Shown("flip_rate", "flips", "{:.2f}%", 100),
     _Shown("mass_kept", "mass", "{:.1f}%", 100),
+    _Shown("distillation_loss", "KL", "{:.4f}"),
 ]
 PANELS = {  # under the loss in the picture: label, colour, least value of the axis
     "learning_rate": ("learning rate", "#08519c", 0),
@@ -211,6 +212,7 @@ PANELS = {  # under the loss in the picture: label, colour, least value of the a
     "attention_recall": ("attention\nrecalled", "#dd1c77", 0),
     "flip_rate": ("2:4 masks\nflipped", "#636363", 0),
     "mass_kept": ("weight mass\nkept", "#8c6d31", 0),
+    "distillation_loss": ("KL from teacher\n(nats/token)", "#e7969c", 0),
 }
 SPEED = [_Shown("tokens_per_second", "tok/s", "{:,.0f}"), _Shown("mfu", "mfu", "{:.1f}%", 100)]
 
@@ -310,14 +312,15 @@ def _smooth(values: list[float]) -> list[float]:
     return smoothed
 
 
-def write_environment(run_dir: Path, recipe: Recipe) -> None:
+def write_environment(run_dir: Path, recipe: Recipe, sources: Mapping[str, Any] | None = None) -> None:
     """Make the run folder describe itself: ``recipe.yaml``, fully resolved, and ``environment.json``, a list with the
-    command, layout, versions, git commit and machine of each launch, the first run's and every resumption's."""
+    command, layout, versions, git commit and machine of each launch, the first run's and every resumption's; and
+    with ``sources``, what identifies other runs whose weights it used."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "recipe.yaml", dump_recipe(recipe))
     path = run_dir / "environment.json"
     launches = json.loads(path.read_text()) if path.exists() else []
-    launch = {**_environment(), "layout": str(layout_of(recipe))}
+    launch = {**_environment(), "layout": str(layout_of(recipe)), **(sources or {})}
     write_atomic(path, json.dumps([*launches, launch], indent=1) + "\n")
 
 

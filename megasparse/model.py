@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel as MegatronGPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -26,14 +25,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 
 from megasparse import platform
-from megasparse.config import Model, Recipe, WeightSparsity
+from megasparse.config import Fp8, Model, Recipe, WeightSparsity
+from megasparse.layers import te
 from megasparse.layers.attention import CoreAttention, PostNormSelfAttention
 from megasparse.layers.block_sparse import BlockSparseAttention
-from megasparse.layers.linear import (
-    NumberedTransformerLayer,
-    SparseColumnParallelLinear,
-    SparseRowParallelLinear,
-)
+from megasparse.layers.fp8 import Fp8Scales
+from megasparse.layers.linear import ColumnParallelLinear, NumberedTransformerLayer, Product, RowParallelLinear
 from megasparse.layers.moe import MoELayer, PostNormMLP, PostNormMoELayer
 from megasparse.layers.norms import FullWidthRMSNorm, HeadRMSNorm, LayerNorm, RMSNorm
 from megasparse.layers.nsa import Branches, NativeSparseAttention, PostNormBranches
@@ -50,6 +47,9 @@ ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x
 
 class GPTModel(MegatronGPTModel):
     """megatron-core's GPTModel with the recipe's rotary frequencies and a padded vocabulary that cannot be chosen."""
+
+    distill: Callable[[Tensor], Tensor] | None = None
+    """With a teacher, what its loss of a micro-batch's tokens, [batch, seq], is made by (distillation.py)."""
 
     def __init__(self, config: TransformerConfig, recipe: Model, vocab_size: int, **kwargs: Any) -> None:
         self.true_vocab_size = vocab_size
@@ -69,21 +69,33 @@ class GPTModel(MegatronGPTModel):
             )
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [batch, seq], logits [seq, batch, vocab / tp] -> nats of each token, float32 [batch, seq]."""
-        self._mask_padding(logits)
+        """labels [batch, seq], logits [seq, batch, vocab / tp] -> nats of each token, float32 [batch, seq]; where there
+        is ``distill``, [2, batch, seq], with its loss as the second."""
+        if self.distill is None:
+            return self._cross_entropy(labels, logits)
+        distilled = self.distill(self.unpadded(logits))  # first: megatron-core's cross-entropy overwrites logits
+        return torch.stack([self._cross_entropy(labels, logits), distilled])
+
+    def unpadded(self, logits: Tensor) -> Tensor:
+        """[..., vocab / tp] -> a view without the columns that only pad the vocabulary to a multiple of tp."""
+        return logits[..., : logits.shape[-1] - self._padding]
+
+    def _cross_entropy(self, labels: Tensor, logits: Tensor) -> Tensor:
+        if self._padding:  # it gets no probability
+            logits.data[..., -self._padding :] = torch.finfo(logits.dtype).min
         if self.config.tensor_model_parallel_size > 1:
             return super().compute_language_model_loss(labels, logits)
         seq, batch, vocab = logits.shape
         compute = torch.promote_types(logits.dtype, torch.float32)
         targets = labels.t().reshape(-1)
         loss = F.cross_entropy(logits.view(-1, vocab).to(compute), targets, reduction="none")
-        return loss.view(seq, batch).t()
+        return loss.view(seq, batch).t().contiguous()
 
-    def _mask_padding(self, logits: Tensor) -> None:
-        """Rows that only pad the vocabulary to a multiple of tp get no probability."""
-        padding = self.vocab_size - self.true_vocab_size
-        if padding and self.pg_collection.tp.rank() == self.config.tensor_model_parallel_size - 1:
-            logits.data[..., -padding:] = torch.finfo(logits.dtype).min
+    @property
+    def _padding(self) -> int:
+        """Columns of this process that only pad the vocabulary."""
+        last = self.pg_collection.tp.rank() == self.config.tensor_model_parallel_size - 1
+        return self.vocab_size - self.true_vocab_size if last else 0
 
 
 def build_model(recipe: Recipe, topology: Topology, vocab_size: int) -> tuple[nn.ModuleList, StepState]:
@@ -176,6 +188,7 @@ def transformer_config(recipe: Recipe, topology: Topology) -> TransformerConfig:
         apply_rope_fusion=False,
         bias_dropout_fusion=cuda,
         bias_activation_fusion=cuda and model.activation == "swiglu",
+        **(te.checked_fields(recipe) if te.trains(recipe) else {}),
     )
     if model.position_embedding == "rope" and attention_factor(model.rope) != 1.0:
         _set_rotary_scale(config, attention_factor(model.rope))
@@ -195,7 +208,7 @@ def norm_of(model: Model) -> type:
 
 def layer_spec(recipe: Recipe, index: int, topology: Topology, state: StepState) -> ModuleSpec:
     """The transformer layer ``index`` (from 0)."""
-    model, linears = recipe.model, Linears(recipe, index, state)
+    model, linears = recipe.model, Linears(recipe, index, state, topology)
     post = model.norm_placement == "post"
     input_norm = IdentityOp if post else norm_of(model)
     attention = ModuleSpec(
@@ -214,7 +227,8 @@ def layer_spec(recipe: Recipe, index: int, topology: Topology, state: StepState)
             module=PostNormMoELayer if post else MoELayer,
             params={
                 **{"moe": model.moe, "topology": topology, "state": state},
-                "sparsity": linears.experts(),
+                "sparsity": linears.sparse_experts(),
+                "fp8": linears.fp8_of("mlp.experts.w1"),
                 "shared": linears.mlp("mlp.shared_experts"),
             },
         )
@@ -240,33 +254,37 @@ def layer_spec(recipe: Recipe, index: int, topology: Topology, state: StepState)
 
 @dataclass(frozen=True)
 class Linears:
-    """The linear layers of transformer layer ``index``: sparse where the recipe says so."""
+    """The linear layers of transformer layer ``index``: sparse, and in FP8, where the recipe says so."""
 
     recipe: Recipe
     index: int
     state: StepState
+    topology: Topology
 
     def column(self, name: str) -> Any:
-        return self._linear(name, ColumnParallelLinear, SparseColumnParallelLinear)
+        return te.layers().column if self._by_te(name) else self._linear(name, ColumnParallelLinear)
 
     def row(self, name: str) -> Any:
-        return self._linear(name, RowParallelLinear, SparseRowParallelLinear)
+        return te.layers().row if self._by_te(name) else self._linear(name, RowParallelLinear)
 
     def mlp(self, name: str) -> MLPSubmodules:
         return MLPSubmodules(linear_fc1=self.column(f"{name}.linear_fc1"), linear_fc2=self.row(f"{name}.linear_fc2"))
 
-    def experts(self) -> dict[str, WeightSparsity]:
+    def sparse_experts(self) -> dict[str, WeightSparsity]:
         """Of the experts' weights w1, w2, w3, those that are sparse, and how."""
         found = {weight: self._sparsity(f"mlp.experts.{weight}") for weight in ("w1", "w2", "w3")}
         return {weight: sparsity for weight, sparsity in found.items() if sparsity is not None}
 
-    def _linear(self, name: str, dense: type, sparse: type) -> Any:
-        sparsity = self._sparsity(f"{name}.weight")
-        if sparsity is None:
-            return dense
-        return ModuleSpec(
-            module=sparse, params={"name": f"{self._layer}.{name}", "sparsity": sparsity, "state": self.state}
-        )
+    def fp8_of(self, weight: str) -> Fp8 | None:
+        return self.recipe.training.fp8 if f"{self._layer}.{weight}" in self.recipe.fp8_weights else None
+
+    def _linear(self, name: str, layer: type) -> Any:
+        sparsity, fp8 = self._sparsity(f"{name}.weight"), self.fp8_of(f"{name}.weight")
+        product = Product(f"{self._layer}.{name}", self.state, self.topology.tp_cp_group, sparsity, fp8)
+        return ModuleSpec(module=layer, params={"product": product})
+
+    def _by_te(self, name: str) -> bool:
+        return te.trains(self.recipe) and self.fp8_of(f"{name}.weight") is not None
 
     def _sparsity(self, weight: str) -> WeightSparsity | None:
         return self.recipe.sparsity.weights if f"{self._layer}.{weight}" in self.recipe.sparse_weights else None
@@ -422,15 +440,29 @@ def _place(parameter: Any, topology: Topology, rows: int | None) -> tuple[tuple[
 
 
 def _place_beside(buffer: Tensor, module: nn.Module, topology: Topology) -> tuple[tuple[int, ...], tuple[Slab, ...]]:
-    """Of a buffer: the place of the weight beside it where it has a number for each element of that, or for each of
-    its experts; else all of it is here."""
+    """Of a buffer: that of a sparse weight is split as the weight is in the dimensions that it has of it, for elements,
+    experts, or columns of experts or of a matrix; FP8 scales of experts as these are; else all of it is here."""
     if isinstance(module, SparseWeight):
         weight = module.weight[0]
         shape, slabs = _place(weight, topology, None)
         if buffer.shape == weight.shape:
             return shape, slabs
-        if weight.dim() == 3:
-            return shape[:1], (Slab(0, slabs[0].shape[:1], slabs[0].offsets[:1]),)
+        dims = {
+            weight.shape[:-2]: range(weight.dim() - 2),
+            weight.shape[:-2] + weight.shape[-1:]: (*range(weight.dim() - 2), -1),
+        }
+        if dims.get(buffer.shape):
+            first = slabs[0]
+            part, offsets, whole = (
+                tuple(sizes[d] for d in dims[buffer.shape]) for sizes in (first.shape, first.offsets, shape)
+            )
+            return whole, (Slab(0, part, offsets),)
+    if isinstance(module, Fp8Scales) and module.experts is not None:
+        experts, here = module.experts
+        leading = buffer.shape[:-2]
+        return (*leading, experts, buffer.shape[-1]), (
+            Slab(0, tuple(buffer.shape), (*(0 for _ in leading), here.start, 0)),
+        )
     return tuple(buffer.shape), (Slab(0, tuple(buffer.shape), (0,) * buffer.dim()),)
 
 
@@ -450,7 +482,7 @@ def initialize_weights(chunks: nn.ModuleList, model: Model, seed: int, topology:
         output = name.endswith(("linear_proj.weight", "linear_fc2.weight", "experts.w2"))
         std = model.init_std / math.sqrt(2 * model.num_layers) if output else model.init_std
         parameter.zero_()
-        if name.endswith(("compress_key.output", "compress_value.output")):
+        if name.endswith(("compress_key.output", "compress_value.output", ".boost")):
             continue
         experts = ".experts.w" in name  # one generator each: no process draws the experts of another
         whole = None if experts else _normal(name, weight.shape, std, seed)

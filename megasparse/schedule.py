@@ -56,8 +56,36 @@ def weights_are_sparse(progress: float, sparsity: WeightSparsity) -> bool:
 
 
 def mask_decay(progress: float, sparsity: WeightSparsity) -> float:
-    """The decay of masked weights at ``progress``: 0 where weights are dense."""
+    """The decay of masked weights at ``progress``: 0 where weights are dense, then it grows over ``ramp``."""
     if sparsity.decay is None or not weights_are_sparse(progress, sparsity):
         return 0.0
-    ramped = (progress - sparsity.dense_start) / sparsity.decay_ramp if sparsity.decay_ramp else 1.0
-    return sparsity.decay * min(1.0, ramped)
+    return sparsity.decay * _ramped(progress, sparsity)
+
+
+def masked_share(progress: float, sparsity: WeightSparsity) -> float:
+    """The share of a masked weight that is left in the product: with MdGf it falls from 1 to 0 over ``ramp``."""
+    match sparsity.method:
+        case "dense":
+            return 1.0
+        case "mdgf":
+            return 1.0 - _ramped(progress, sparsity)
+    return 0.0
+
+
+def n_of_m(progress: float, sparsity: WeightSparsity) -> tuple[int, int]:
+    """How many weights of each m are kept. With SdGf, in equal shares of ``ramp``, m - 1, m / 2, m / 4, ... and after
+    it n."""
+    n, m = sparsity.n_of_m
+    if sparsity.method != "sdgf":
+        return n, m
+    stages = [m - 1]
+    while (half := m // 2 ** len(stages)) > n:
+        stages.append(half)
+    stage = int(_ramped(progress, sparsity) * len(stages))
+    return ([*stages, n][stage], m)
+
+
+def _ramped(progress: float, sparsity: WeightSparsity) -> float:
+    """How much of ``ramp`` is over at ``progress``, from 0 to 1."""
+    after_start = max(0.0, progress - sparsity.dense_start)
+    return min(1.0, after_start / sparsity.ramp) if sparsity.ramp else 1.0

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Group = dist.ProcessGroup
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+FP8_TILE = 128  # ops.fp8.TILE
 SIZES = ("tp", "pp", "vp", "cp", "ep", "dp")  # in the order of the notation
 
 
@@ -143,12 +144,22 @@ def check_layout(recipe: Recipe, world_size: int) -> Layout:
 def notes(recipe: Recipe) -> list[str]:
     """What a user should know of a layout that is possible."""
     model = recipe.model
-    found = [name for name in ("attention_dropout", "hidden_dropout") if getattr(model, name) > 0]
-    return [
+    dropout = [name for name in ("attention_dropout", "hidden_dropout") if getattr(model, name) > 0]
+    found = [
         f"model.{name}={getattr(model, name)}: dropout masks follow the ranks, as in Megatron: the run repeats itself "
         "under any ep, ZeRO stage, offload and recompute, not with another tp, pp, cp or dp"
-        for name in found
+        for name in dropout
     ]
+    fp8 = recipe.training.fp8
+    if fp8 is not None:
+        emulated = "emulated with torch's float8 types, not on FP8 tensor cores"
+        by = emulated if fp8.emulate or not platform.has_cuda() else "by Transformer Engine"
+        found.append(
+            f"training.fp8: {len(recipe.fp8_weights)} of {len(model.linear_weights)} weights of linear layers and "
+            f"experts are multiplied in FP8 with {fp8.recipe} scaling, {by}; embedding, output layer, routers and "
+            "norms are not"
+        )
+    return found
 
 
 def nearest_layouts(recipe: Recipe, layout: Layout, world: int, count: int = 3) -> list[Layout]:
@@ -190,6 +201,7 @@ def _broken_rules(recipe: Recipe, layout: Layout) -> Iterator[str]:
         if value % tp:
             yield f"model.{field}={value} is not divisible by tp={tp}"
     yield from _split_blocks(recipe, tp)
+    yield from _split_tiles(recipe, tp, cp)
     if layout.sequence_parallel and tp == 1:
         yield "sequence_parallel=true needs tp > 1"
     if cp > 1 and seq % (2 * cp):
@@ -268,6 +280,28 @@ def _split_blocks(recipe: Recipe, tp: int) -> Iterator[str]:
             yield f"model.{field}={value} is not divisible by {split}: sparsity.weights has blocks of 4x4"
 
 
+def _split_tiles(recipe: Recipe, tp: int, cp: int) -> Iterator[str]:
+    """Parts of a tensor that do not end where tiles of FP8's block scaling end: each would have other tiles."""
+    model, moe, fp8 = recipe.model, recipe.model.moe, recipe.training.fp8
+    if fp8 is None or fp8.recipe != "block":
+        return
+    queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.kv_heads))
+    for part, field, value in (
+        ("linear_qkv", "head_dim x (num_attention_heads + 2 num_query_groups)", queries + 2 * keys),
+        ("linear_proj", "head_dim x num_attention_heads", queries),
+        ("mlp.linear_fc", "ffn_hidden_size", model.ffn_size),
+        ("shared_experts", "moe.shared_expert_ffn_hidden_size", moe.shared_expert_ffn_hidden_size if moe else 0),
+    ):
+        if tp > 1 and value % (FP8_TILE * tp) and any(part in name for name in recipe.fp8_weights):
+            yield f"model.{field}={value} is not divisible by {FP8_TILE} x tp={tp}: training.fp8 has such tiles"
+    rows, batch = recipe.data.seq_length // (2 * cp), recipe.training.micro_batch_size
+    if cp > 1 and rows * batch % FP8_TILE:
+        yield (
+            f"data.seq_length={recipe.data.seq_length} / (2 * cp={2 * cp}) x training.micro_batch_size={batch} is not "
+            f"divisible by {FP8_TILE}: training.fp8 has tiles of {FP8_TILE} tokens"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Topology(Layout):
     """A layout and where this process stands in it: ranks along each dimension, the groups collectives run in."""
@@ -284,6 +318,8 @@ class Topology(Layout):
     ep_rank: int
     ep_group: Group
     expert_dp: int  # ranks that hold the same experts
+    expert_dp_group: Group
+    stage_group: Group  # the ranks of this pipeline stage
 
     __str__ = Layout.__str__
 
@@ -376,6 +412,8 @@ def initialize(layout: Layout | None = None, seed: int = 1234) -> Topology:
         ep_rank=groups._get_expert_parallel_rank(expert),
         ep_group=groups._get_expert_parallel_group(expert),
         expert_dp=groups._get_expert_data_parallel_world_size(expert),
+        expert_dp_group=groups._get_expert_data_parallel_group(expert),
+        stage_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
     )
 
 

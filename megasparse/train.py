@@ -16,6 +16,14 @@ from megasparse import platform, topology
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.load import check_resumable, load
 from megasparse.checkpoint.save import Saver
+from megasparse.checkpoint.weights import (
+    about_initial,
+    about_teacher,
+    initial_source,
+    load_initial,
+    load_teacher,
+    teacher_source,
+)
 from megasparse.config import Recipe
 from megasparse.data.loader import TrainingData, ValidationWindows
 from megasparse.engine import Engine, StepResult
@@ -25,6 +33,7 @@ from megasparse.layers.router import largest_load
 from megasparse.metrics import MetricsLogger, plot_loss, read_metrics, write_environment
 from megasparse.model import build_model
 from megasparse.schedule import learning_rate
+from megasparse.sparsity import weight as sparsity
 from megasparse.topology import Topology
 
 SAMPLE_TOKENS = 120
@@ -45,18 +54,29 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
     validation = ValidationWindows(recipe.data)
     vocab_size = vocabulary(recipe, data.vocab_size)
     checkpoint = checkpoint_to_resume(run_dir, resume, checkpoint_name, recipe, data.fingerprint)
+    initial = None if checkpoint else initial_source(recipe, vocab_size, data.tokenizer.hash)
+    taught_by = teacher_source(recipe, vocab_size, data.tokenizer.hash, world_size)
 
     place = topology.initialize(layout, training.seed)
     chunks, step_state = build_model(recipe, place, vocab_size)
-    engine = Engine(recipe, place, chunks, step_state)
+    teacher = load_teacher(recipe, taught_by, place, vocab_size) if taught_by else None
+    engine = Engine(recipe, place, chunks, step_state, teacher)
     first_step = load(engine, checkpoint) if checkpoint else 0
-    saver = Saver(engine, run_dir / "checkpoints", data.fingerprint)
+    fresh = load_initial(engine, initial) if initial else []
+    saver = Saver(engine, run_dir / "checkpoints", data.fingerprint, data.tokenizer.hash)
     if place.rank == 0:
         if checkpoint:
             checkpoints.set_latest(checkpoint)  # killed before the next one, the run goes on from here again
-        write_environment(run_dir, recipe)
+        sources = {"initial_checkpoint": initial, "teacher": taught_by}
+        write_environment(run_dir, recipe, {name: source.identity for name, source in sources.items() if source})
     log = MetricsLogger(run_dir, recipe, first_step + 1, place.rank)
     announce(log, recipe, place, vocab_size, checkpoint)
+    for note in [*topology.notes(recipe), *sparsity.notes(recipe, chunks)]:
+        log.say(note)
+    if initial:
+        log.say(about_initial(recipe, initial, fresh))
+    if taught_by:
+        log.say(about_teacher(recipe, taught_by))
     speed = Speed.measure(recipe, place, vocab_size)
 
     skipped_in_a_row = 0
@@ -137,6 +157,7 @@ def step_metrics(result: StepResult, rate: float, tokens_seen: int) -> dict[str,
         **result.aux_losses,
         **result.attention,
         **result.sparsity,
+        **result.distillation,
     }
     if len(result.expert_tokens):
         metrics["expert_load"] = largest_load(result.expert_tokens)
@@ -150,7 +171,8 @@ def step_metrics(result: StepResult, rate: float, tokens_seen: int) -> dict[str,
 
 @dataclass
 class Speed:
-    """Tokens per second, and the share of the devices' measured matrix-product rate that the model's FLOPs are."""
+    """Tokens per second, and the share of the devices' measured matrix-product rate that the model's FLOPs are; a
+    teacher takes time and counts none."""
 
     recipe: Recipe
     vocab_size: int
@@ -178,8 +200,6 @@ def announce(log: MetricsLogger, recipe: Recipe, place: Topology, vocab_size: in
         f"{recipe.training.steps} steps of {recipe.tokens_per_step:,} tokens"
         + (f"; resumed from {checkpoint}" if checkpoint else "")
     )
-    for note in topology.notes(recipe):
-        log.say(note)
 
 
 def final_evaluation(engine: Engine, recipe: Recipe, place: Topology, log: MetricsLogger) -> dict[str, Any]:

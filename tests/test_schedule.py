@@ -7,7 +7,14 @@ import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
 
 from megasparse.config import Optimizer, Schedule, SparseAttention, WeightSparsity
-from megasparse.schedule import attention_blocks, learning_rate, mask_decay, weights_are_sparse
+from megasparse.schedule import (
+    attention_blocks,
+    learning_rate,
+    mask_decay,
+    masked_share,
+    n_of_m,
+    weights_are_sparse,
+)
 
 TOKENS_PER_STEP = 1024
 STEPS, WARMUP, DECAY = 200, 20, 50
@@ -127,9 +134,18 @@ def test_the_budget_does_not_depend_on_the_length() -> None:
 def test_weights_are_dense_then_two_four_under_a_growing_decay_then_dense(
     progress: float, sparse: bool, decay: float
 ) -> None:
-    weights = WeightSparsity(method="sr_ste", decay=0.2, dense_start=0.2, decay_ramp=0.1, dense_end=0.2)
+    weights = WeightSparsity(method="sr_ste", decay=0.2, dense_start=0.2, ramp=0.1, dense_end=0.2)
     assert weights_are_sparse(progress, weights) == sparse
     assert mask_decay(progress, weights) == pytest.approx(decay)
+
+
+def test_what_fades_and_what_is_kept_of_each_m() -> None:
+    fading = WeightSparsity(method="mdgf", dense_start=0.2, ramp=0.5)
+    assert [masked_share(p, fading) for p in (0.1, 0.2, 0.45, 0.7, 1.0)] == pytest.approx([1, 1, 0.5, 0, 0])
+    assert masked_share(0.5, WeightSparsity(method="ste")) == 0.0
+    falling = WeightSparsity(method="sdgf", pattern="2:16", ramp=0.6)
+    assert [n_of_m(p, falling)[0] for p in (0.1, 0.25, 0.5, 0.61, 1.0)] == [15, 8, 4, 2, 2]
+    assert n_of_m(0.0, WeightSparsity(method="mdgf", pattern="1:4")) == (1, 4)
 
 
 def test_decay_without_a_ramp_and_without_decay() -> None:

@@ -156,6 +156,7 @@ def test_a_recipe_and_a_world_are_a_layout() -> None:
 
 DENSE = {"model.moe": None}
 BY_QUERY_BLOCKS = {"selector": "local", "block_size": 5, "query_block_size": 5}
+TILES = {"model.head_dim": 64}
 TWO_FOUR = {"sparsity.weights": {"method": "ste", "targets": ["."]}}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("tp4", {}, "model.num_query_groups=2 is not divisible by tp=4"),
@@ -166,6 +167,23 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "model.moe.shared_expert_ffn_hidden_size=7 is not divisible by tp=2",
     ),
     ("single+sp", {}, "sequence_parallel=true needs tp > 1"),
+    *[
+        (layout, {"training.fp8": {"recipe": "block"}, **changes}, message)
+        for layout, changes, message in (
+            ("tp2", {"model.head_dim": 48}, "(num_attention_heads + 2 num_query_groups)=384 is not divisible by 128 x"),
+            ("tp2", {"model.head_dim": 32}, "head_dim x num_attention_heads=128 is not divisible by 128 x tp=2: "),
+            ("tp2", TILES, None),
+            ("tp2", {**TILES, **DENSE, "model.ffn_hidden_size": 384}, "ffn_hidden_size=384 is not divisible by 128 x"),
+            (
+                "tp2",
+                {**TILES, "model.moe.shared_expert_ffn_hidden_size": 64},
+                "moe.shared_expert_ffn_hidden_size=64 is not divisible by 128 x tp=2: training.fp8 has such tiles",
+            ),
+            ("cp2", {"data.seq_length": 128}, "data.seq_length=128 / (2 * cp=4) x training.micro_batch_size=2 is not"),
+            ("cp2", {"data.seq_length": 256}, None),
+            ("ep2", {}, None),
+        )
+    ],
     ("cp2", {"data.seq_length": 26}, "data.seq_length=26 is not divisible by 2 * cp=4"),
     ("tp2", {"data.seq_length": 25}, "data.seq_length=25 / cp=1 is not divisible by tp=2"),
     ("tp2cp2", {"data.seq_length": 8 * 3 + 4}, None),  # 28 / 2 = 14 is even
@@ -370,5 +388,8 @@ def test_a_layout_of_another_world_is_refused_and_leaves_room_for_another() -> N
 
 def test_what_dropout_follows_is_said() -> None:
     assert topology.notes(small.recipe()) == []
+    (fp8,) = topology.notes(small.recipe(training={"fp8": {"recipe": "block", "num_layers_at_end_in_bf16": 1}}))
+    assert "training.fp8: 4 of 8 weights of linear layers and experts are multiplied in FP8 with block" in fp8
+    assert "emulated" in fp8
     (note,) = topology.notes(small.recipe({"hidden_dropout": 0.1}))
     assert "model.hidden_dropout=0.1: dropout masks follow the ranks" in note

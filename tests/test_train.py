@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from megasparse.config import load_recipe
 from megasparse.data.loader import Batch
 from megasparse.data.prepare import PrepareConfig, prepare
 from megasparse.engine import Engine
-from megasparse.metrics import read_metrics
+from megasparse.metrics import MetricsLogger, read_metrics
 from megasparse.train import train
 from tests.helpers import run_distributed
 
@@ -217,6 +218,86 @@ def test_another_number_of_processes_goes_on_with_the_next_sample(tmp_path: Path
     assert [sample for _, sample, _ in sorted(seen)] == list(range(12 * 8))
     losses = [[record["loss"] for record in read_metrics(tmp_path / d)] for d in ("changed", "whole")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+# Weights and a teacher from another run -------------------------------------------------------------------------------
+
+
+def said_while_training(recipe: Path, overrides: list[str], run_dir: Path, *resume: Any) -> tuple[list[str], str]:
+    """Train in this rank, with little to do at the end: what the log says, and the error if one ends it."""
+    said: list[str] = []
+    with (
+        mock.patch.object(MetricsLogger, "say", lambda _, message: said.append(message)),
+        mock.patch.multiple("megasparse.train", SAMPLE_TOKENS=1, FINAL_OVERLAP=1),
+    ):
+        try:
+            train(load_recipe(recipe, overrides), run_dir, *resume)
+        except ValueError as error:
+            return said, str(error)
+    return said, ""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A checkpoint, step_4, saved by two processes."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = write_recipe(folder, corpus, steps=4)
+    assert run_distributed(said_while_training, 2, recipe, ["parallel.ep=2"], folder)[0][1] == ""
+    return folder / "checkpoints" / "step_4"
+
+
+def test_sparse_weights_from_a_dense_run_that_teaches_them(tmp_path: Path, corpus: Path, trained: Path) -> None:
+    """AST's course: begin with a dense model and learn from it. The run says so and records it; resumed, it is to the
+    bit the run that was never killed, without the checkpoint it began with; another teacher is refused."""
+    recipe = write_recipe(tmp_path, corpus, steps=4)
+    teacher, run_dir = trained, tmp_path / "sparse"
+    initial = shutil.copytree(teacher, tmp_path / "initial")
+    overrides = [
+        *(f"training.initial_checkpoint={initial}", f"training.teacher.checkpoint={teacher}"),
+        *("training.save_interval=2", "parallel.tp=2", "model.hidden_dropout=0", "model.moe.jitter=0"),
+        "sparsity.weights={method: ast, decay: 0.01, boost: 8, dense_start: 0.25}",
+    ]
+    (said, error), _ = run_distributed(said_while_training, 2, recipe, overrides, run_dir)
+    assert error == ""
+    assert any(line.startswith(f"weights from {initial} (tiny, step 4); ") for line in said)
+    assert any("hidden_dropout was 0.1, is 0.0" in line for line in said)
+    assert any(line.startswith(f"taught by {teacher} (tiny, step 4): 0.33 of the cross-entropy") for line in said)
+    records = without_timing(run_dir)
+    nats = [record["distillation_loss"] for record in records]
+    assert nats[0] < 1e-6 < nats[1], "before it is sparse, the student is its teacher"
+    (launch,) = json.loads((run_dir / "environment.json").read_text())
+    assert (launch["initial_checkpoint"]["path"], launch["teacher"]["path"]) == (str(initial), str(teacher))
+
+    shutil.rmtree(initial)
+    for change, expected in [
+        (["training.teacher.weight=0.5"], "training.teacher.weight was 0.67, is 0.5"),
+        (["training.initial_checkpoint=null"], "training.initial_checkpoint was"),
+        ([], ""),
+    ]:
+        (said, error), _ = run_distributed(
+            said_while_training, 2, recipe, [*overrides, *change], run_dir, True, "step_2"
+        )
+        assert expected in error
+        assert bool(error) == bool(expected)
+    assert without_timing(run_dir) == records
+    assert not any(line.startswith("weights from") for line in said)
+
+
+def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path, corpus: Path, trained: Path) -> None:
+    recipe, path = write_recipe(tmp_path, corpus), trained
+    for override, expected in [
+        (
+            f"training.initial_checkpoint={tmp_path}",
+            f"training.initial_checkpoint={tmp_path}: {tmp_path} is not a whole",
+        ),
+        (f"training.teacher.checkpoint={path}", f"training.teacher.checkpoint={path}: its vocabulary has "),
+        (f"training.initial_checkpoint={path}", f"training.initial_checkpoint={path}: its vocabulary has "),
+    ]:
+        ((_, error),) = run_distributed(
+            said_while_training, 1, recipe, [override, "model.vocab_size=999"], tmp_path / "second"
+        )
+        assert error.startswith(expected)
+        assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize(

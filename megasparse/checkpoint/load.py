@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,13 @@ from megasparse.engine import Engine
 logger = logging.getLogger("megasparse")
 
 # What a run may not change when it resumes: it would be another model, on other data.
-FIXED = ("model", "sparsity", "data", "training.seed", "training.global_batch_size", "training.precision")
+FIXED = (
+    *("model", "sparsity", "data", "training.seed", "training.global_batch_size", "training.precision"),
+    *("training.fp8", "training.initial_checkpoint", "training.teacher"),
+)
+FREE = ("training.fp8.emulate",)  # but for where it runs
 RANDOM = "random."  # what the names of generators begin with
+NOTHING = re.compile(r"(?!)")
 
 
 def check_resumable(path: Path, recipe: Recipe, fingerprint: str) -> None:
@@ -43,8 +50,9 @@ def check_resumable(path: Path, recipe: Recipe, fingerprint: str) -> None:
     saved = parse_recipe(manifest["recipe"], source=f"the recipe of {path}").model_dump(mode="json")
     for section in FIXED:
         then, now = _dig(saved, section), _dig(recipe.model_dump(mode="json"), section)
-        difference = _first_difference(section, then, now)
-        if difference:
+        for difference in differences(section, then, now):
+            if difference.startswith(FREE):
+                continue
             raise ValueError(f"cannot resume from {path}: {difference}. Use the recipe it was saved with or a new run")
     if manifest["data_fingerprint"] != fingerprint:
         raise ValueError(f"cannot resume from {path}: the data sets were prepared anew since it was saved")
@@ -60,14 +68,14 @@ def load(engine: Engine, path: Path) -> int:
 
     ValueError on every rank, before anything is changed, if a file is damaged, or if a tensor is missing, not used or
     of another shape. Random generators are restored in the layout that saved them."""
-    _verify(path)
+    verify(path, lambda: checkpoints.whole_before(path))
     reader = Reader(path)
     saved, manifest = reader.tensors, reader.manifest
     state, random = tensors(engine, copies=True), random_state(dist.get_rank())
-    together(None, lambda: _shapes(state), lambda parts: _check_tensors(path, saved, _union(parts)))
+    check_tensors(path, state, {name: info for name, info in saved.items() if not name.startswith(RANDOM)})
     same = together(None, lambda: _shapes(random), lambda parts: _same_generators(saved, _union(parts)))
     same = same and manifest["layout"] == str(engine.topology)
-    together(None, lambda: _read(path, {**state, **random} if same else state), lambda _: None)
+    read(path, {**state, **random} if same else state)
     finish_loading(engine, manifest)
     if same:
         set_random_state(random)
@@ -77,8 +85,9 @@ def load(engine: Engine, path: Path) -> int:
     return manifest["step"]
 
 
-def _verify(path: Path) -> None:
-    """Every file has the hash it was written with; each rank reads some of them."""
+def verify(path: Path, cure: Callable[[], str]) -> None:
+    """Every file has the hash it was written with; each rank reads some of them. ValueError on every rank, with the
+    ``cure``, if one has not."""
 
     def damage() -> str:
         try:
@@ -91,14 +100,19 @@ def _verify(path: Path) -> None:
     def refuse(damages: list[str]) -> None:
         found = sorted(filter(None, damages))
         if found:
-            raise ValueError(f"{found[0]}; {checkpoints.whole_before(path)}")
+            raise ValueError(f"{found[0]}; {cure()}")
 
     together(None, damage, refuse)
 
 
-def _read(path: Path, state: dict[str, Sharded]) -> None:
-    with torch.no_grad():
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), planner=LoadPlanner())
+def read(path: Path, state: dict[str, Sharded]) -> None:
+    """Every tensor of ``state`` from the checkpoint at ``path``, in place. Every rank calls it."""
+
+    def part() -> None:
+        with torch.no_grad():
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path), planner=LoadPlanner())
+
+    together(None, part, lambda _: None)
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -113,11 +127,23 @@ def _union(parts: list[Shapes]) -> Shapes:
     return {name: shape for part in parts for name, shape in part.items()}
 
 
-def _check_tensors(path: Path, saved: dict[str, TensorInfo], expected: Shapes) -> None:
-    """The checkpoint's tensors are the model's, each of them complete."""
-    saved = {name: info for name, info in saved.items() if not name.startswith(RANDOM)}
+def check_tensors(
+    path: Path, state: dict[str, Sharded], saved: dict[str, TensorInfo], fresh: re.Pattern[str] | None = None
+) -> list[str]:
+    """ValueError on every rank unless the ``saved`` tensors are those of ``state`` over all ranks, each complete. What
+    ``fresh`` matches may be missing there: returns these names."""
+    return together(
+        None, lambda: _shapes(state), lambda parts: _check_shapes(path, _union(parts), saved, fresh or NOTHING)
+    )
+
+
+def _check_shapes(path: Path, expected: Shapes, saved: dict[str, TensorInfo], fresh: re.Pattern[str]) -> list[str]:
+    missing = []
     for name in sorted(expected.keys() | saved.keys()):
         if name not in saved:
+            if fresh.search(name):
+                missing.append(name)
+                continue
             raise ValueError(f"cannot load {path}: the model has {name} {expected[name]}, the checkpoint has not")
         shape = saved[name].shape
         if name not in expected:
@@ -126,6 +152,7 @@ def _check_tensors(path: Path, saved: dict[str, TensorInfo], expected: Shapes) -
             raise ValueError(f"cannot load {path}: {name} is {shape} there, {expected[name]} in the model")
         if saved[name].elements != math.prod(shape):
             raise ValueError(f"cannot load {path}: {name} {shape} has only {saved[name].elements:,} elements there")
+    return missing
 
 
 def _same_generators(saved: dict[str, TensorInfo], here: Shapes) -> bool:
@@ -138,12 +165,10 @@ def _dig(mapping: dict[str, Any], path: str) -> Any:
     return mapping
 
 
-def _first_difference(path: str, then: Any, now: Any) -> str | None:
-    """``path was THEN, is NOW`` of the first leaf that differs."""
+def differences(path: str, then: Any, now: Any) -> Iterator[str]:
+    """``path was THEN, is NOW`` of every leaf that differs."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in {**then, **now}:
-            found = _first_difference(f"{path}.{key}", then.get(key), now.get(key))
-            if found:
-                return found
-        return None
-    return None if then == now else f"{path} was {then}, is {now}"
+            yield from differences(f"{path}.{key}", then.get(key), now.get(key))
+    elif then != now:
+        yield f"{path} was {then}, is {now}"

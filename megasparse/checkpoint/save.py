@@ -27,8 +27,9 @@ class Saver:
     With ``training.async_save`` the state is copied and a thread writes it while training goes on; what goes wrong
     there is raised by the next ``save`` or by ``wait``, which must be called at the end."""
 
-    def __init__(self, engine: Engine, folder: Path, fingerprint: str) -> None:
-        self.engine, self.folder, self.fingerprint = engine, folder, fingerprint
+    def __init__(self, engine: Engine, folder: Path, fingerprint: str, tokenizer: str | None = None) -> None:
+        """``fingerprint``: of the data. ``tokenizer``: its hash, for runs that begin with these weights, if known."""
+        self.engine, self.folder, self.fingerprint, self.tokenizer = engine, folder, fingerprint, tokenizer
         self._group = topology.background_group(WRITE_TIMEOUT)
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
@@ -44,6 +45,7 @@ class Saver:
             "layout": str(engine.topology),
             "world_size": dist.get_world_size(),
             "data_fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer,
             **numbers(engine),
             "recipe": recipe.model_dump(mode="json"),
         }

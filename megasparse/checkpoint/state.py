@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn as nn
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -19,7 +20,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from megasparse import platform
 from megasparse.engine import Engine
-from megasparse.model import blocks, local_buffers
+from megasparse.model import Weight, blocks, local_buffers, local_weights
+from megasparse.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's: the rest is the recipe's
@@ -106,10 +108,21 @@ def tensors(engine: Engine, copies: bool) -> dict[str, Sharded]:
             sharded = found[f"{kind}.{weight.name}"] = Sharded(weight.shape, flat.dtype)
             sharded.views = {torch.Size(offsets): view for offsets, view in blocks(weight, fragment.start, flat)}
     for buffer in local_buffers(engine.chunks, engine.topology):
-        sharded = found[f"model.{buffer.name}"] = Sharded(buffer.shape, buffer.tensor.dtype)
-        parts = blocks(buffer, 0, buffer.tensor.view(-1))
-        sharded.views = {torch.Size(offsets): view for offsets, view in parts}
+        found[f"model.{buffer.name}"] = _sharded(buffer)
     return found
+
+
+def weights(chunks: nn.ModuleList, topology: Topology) -> dict[str, Sharded]:
+    """What this rank holds of a model without an optimizer: weights, in the model's precision, and buffers."""
+    held = (*local_weights(chunks, topology), *local_buffers(chunks, topology))
+    return {f"model.{weight.name}": _sharded(weight) for weight in held}
+
+
+def _sharded(weight: Weight) -> Sharded:
+    sharded = Sharded(weight.shape, weight.tensor.dtype)
+    parts = blocks(weight, 0, weight.tensor.detach().view(-1))
+    sharded.views = {torch.Size(offsets): view for offsets, view in parts}
+    return sharded
 
 
 def _parameters(engine: Engine) -> Iterator[Tensor]:
@@ -145,6 +158,11 @@ def finish_loading(engine: Engine, loaded: dict[str, Any]) -> None:
         engine.adam.state[parameter]["step"].fill_(loaded["adam_steps"])
     for name, value in (loaded["loss_scaler"] or {}).items():
         setattr(engine.optimizer.loss_scaler, name, value)
+    follow_master_weights(engine)
+
+
+def follow_master_weights(engine: Engine) -> None:
+    """The weights that the model computes with, from the master weights."""
     if engine.recipe.parallel.zero_stage > 0:
         engine.optimizer.update_lp_params()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,14 +32,17 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megasparse.config import MoE, WeightSparsity
+from megasparse.config import Fp8, MoE, WeightSparsity
 from megasparse.layers.attention import post_norm
+from megasparse.layers.fp8 import Fp8Scales
 from megasparse.layers.router import Router
 from megasparse.layers.step import StepState
 from megasparse.ops import experts as ops
+from megasparse.ops.fp8 import fp8_grouped_swiglu
 from megasparse.sparsity.weight import SparseWeight
 from megasparse.topology import Topology
 
+WEIGHTS = ("w1", "w2", "w3")  # of the experts: gate, down, up
 DENSE = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
@@ -57,9 +61,11 @@ class MoELayer(AutoEPMoELayer):
         state: StepState,
         sparsity: dict[str, WeightSparsity] | None = None,
         shared: MLPSubmodules = DENSE,
+        fp8: Fp8 | None = None,
         submodules: Any = None,
     ) -> None:
-        """``sparsity``: of w1, w2, w3, those that are 2:4. ``shared``: the linear layers of shared experts."""
+        """``sparsity``: of w1, w2, w3, those that are 2:4. ``shared``: the linear layers of shared experts. ``fp8``: of
+        the experts."""
         nn.Module.__init__(self)  # AutoEPMoELayer's own constructor wraps a Hugging Face block
         self.config, self.moe, self.topology = config, moe, topology
         self.router = Router(config, moe, state, topology.tp_cp_group)
@@ -70,10 +76,15 @@ class MoELayer(AutoEPMoELayer):
             config.hidden_size, moe.ffn_hidden_size, self.num_local_experts, use_grouped_mm=False
         ).to(config.params_dtype)
         self.shared_experts = shared_experts(config, moe, shared) if moe.shared_expert_ffn_hidden_size else None
-        self._describe_experts()
         self.experts.sparsity = nn.ModuleDict(
             {w: SparseWeight(f"experts.{w}", getattr(self.experts, w), how) for w, how in (sparsity or {}).items()}
         )
+        here = range(self.ep_rank * self.num_local_experts, (self.ep_rank + 1) * self.num_local_experts)
+        self.experts.fp8 = nn.ModuleDict(
+            {w: Fp8Scales(fp8, state, topology.tp_cp_group, (self.num_experts, here)) for w in WEIGHTS if fp8}
+        )
+        self.observe: Callable[[Tensor, Tensor], None] | None = None  # what experts see, for Wanda (layers/wanda.py)
+        self._describe_experts()
 
     def set_layer_number(self, layer_number: int) -> None:
         self.router.layer_number = layer_number
@@ -127,11 +138,17 @@ class MoELayer(AutoEPMoELayer):
         return ops.combine(rows, order, weights)
 
     def _compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        if self.observe is not None:
+            self.observe(rows, counts)
         weights, sparsity = self.experts, self.experts.sparsity
         w1, w2, w3 = (
             sparsity[name](weight) if name in sparsity else weight  # type: ignore[operator]
-            for name, weight in (("w1", weights.w1), ("w2", weights.w2), ("w3", weights.w3))
+            for name, weight in ((name, getattr(weights, name)) for name in WEIGHTS)
         )
+        if weights.fp8:
+            scales: Any = weights.fp8
+            scaling = [tuple(scales[name].scaling(expert) for name in WEIGHTS) for expert in range(len(counts))]
+            return fp8_grouped_swiglu(rows, counts, w1, w2, w3, scaling)  # type: ignore[arg-type]
         return ops.grouped_swiglu(rows, counts, w1, w2, w3)
 
     def _describe_experts(self) -> None:

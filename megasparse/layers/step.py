@@ -21,6 +21,7 @@ class StepState:
     progress: float = 1.0  # the share of the run's steps that are done with this one
     seed: int = 0
     num_micro_batches: int = 1
+    gradient_unit: float = 1.0  # what backward computes is that many times the gradient of the sum of token losses
     recompute: bool = False  # layers run twice: the first time without gradients
     seq_length: int = 0  # tokens of a training sequence, by whose blocks the budget of block-sparse attention shrinks
     context_parallel: int = 1  # ranks that share a micro-batch's tokens, over which DeepSpeed averages gradients

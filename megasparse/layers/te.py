@@ -1,7 +1,8 @@
 """The one door to Transformer Engine: whether it runs here, its layers for megatron-core's slots, its FP8 recipes.
 
 The layers are megatron-core's wrappers, which take the arguments of its own layers. megatron-core opens TE's autocast
-itself, around each layer or, for delayed scaling, around all (``TransformerBlock.forward``).
+itself, around each layer or, for delayed scaling, around all (``TransformerBlock.forward``). Layers that are not TE's
+stay out of it, wherever they are: so model.py keeps single layers, of any part of the model, in bf16.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megasparse import platform
+from megasparse.config import Recipe
 
 Fp8Recipe = Literal["delayed", "current", "block"]
 MEGATRON_NAMES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
@@ -70,6 +72,32 @@ def layers() -> Layers:
         norm=TENorm,
         attention=TEDotProductAttention,
     )
+
+
+def trains(recipe: Recipe) -> bool:
+    """Is it TE that multiplies in FP8 here, and not ops/fp8?"""
+    return recipe.training.fp8 is not None and platform.has_cuda() and not recipe.training.fp8.emulate
+
+
+def checked_fields(recipe: Recipe) -> dict[str, Any]:
+    """``fp8_fields`` of a recipe that TE trains here. ValueError, with the reason and what to do, where it cannot do
+    what the recipe asks for."""
+    fp8, weights = recipe.training.fp8, recipe.fp8_weights
+    assert fp8 is not None
+    reason, cure = missing(fp8.recipe), "set emulate=true"
+    if reason is None and fp8.recipe == "delayed":
+        reason = "Transformer Engine keeps its scales where our checkpoints do not reach, in units of one layout"
+        cure = "use recipe=current or block, or set emulate=true"
+    if reason is None and fp8.rounding == "smooth":
+        reason = "rounding=smooth is not Transformer Engine's"
+    if reason is None and set(weights) & set(recipe.sparse_weights):
+        reason = "Transformer Engine multiplies its own weight, not the 2:4 one that sparsity.weights puts in its place"
+    if reason is None and any(".mlp.experts." in name for name in weights):
+        reason = "the experts' weights are one tensor for all, Transformer Engine's grouped linear has one for each"
+        cure = "set experts=false or emulate=true"
+    if reason is not None:
+        raise ValueError(f"training.fp8.recipe={fp8.recipe} on a GPU: {reason}; {cure}")
+    return fp8_fields(fp8.recipe, fp8.gradients)
 
 
 def fp8_fields(

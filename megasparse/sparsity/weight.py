@@ -1,7 +1,8 @@
-"""A 2:4 weight: what its layer multiplies by, and the state behind that."""
+"""A sparse weight: what its layer multiplies by, and the state behind that."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,12 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from megasparse import schedule
-from megasparse.config import WeightSparsity
+from megasparse import platform, schedule
+from megasparse.config import Recipe, WeightSparsity
 from megasparse.ops import two_four
+from megasparse.ops.two_four.matmul import Door, Operands, choose, prepare, products
+
+SPLIT = ("allreduce", "group_name", "tensor_model_parallel", "partition_dim", "partition_stride")  # how a weight is
 
 
 @dataclass
@@ -31,57 +35,106 @@ class Refresh:
 
 
 class SparseWeight(nn.Module):
-    """Turns a weight, [..., rows, columns], into the 2:4 weight that the forward pass takes.
+    """Turns a weight, [..., rows, columns], into the sparse weight that the forward pass takes: 2:4, or n:m.
 
-    State, in every checkpoint: ``mask``, which places count now, all of them while weights are dense; and with S-STE
-    ``scale``, one number a matrix (an expert's each), 0 while weights are dense.
+    State, in every checkpoint: ``mask``, which places count now, all of them while weights are dense; with S-STE
+    ``scale``, one number a matrix (an expert's each), 0 while weights are dense; with Wanda's score ``input_norm``, of
+    each column's input; and the parameter ``boost`` [..., rows, columns / k] of SLoRB, added to each k columns.
     """
 
     mask: Tensor
     scale: Tensor
+    input_norm: Tensor
 
     def __init__(self, name: str, weight: nn.Parameter, sparsity: WeightSparsity, tp_group: Any = None) -> None:
-        """``tp_group``: the ranks that hold the other parts of the matrix. ValueError where a block of 4x4 would not
-        lie in one part."""
+        """``tp_group``: the ranks that hold the other parts of the matrix. ValueError where a block of 4x4, or a group
+        of m or of SLoRB, would not lie in one part."""
         super().__init__()
         *matrices, rows, columns = weight.shape
         parts = weight.partition_stride if getattr(weight, "tensor_model_parallel", False) else 1  # type: ignore[attr-defined]
-        if rows // parts % 4 or columns % 4:
-            raise ValueError(
-                f"sparsity.weights: a process holds {parts} x [{rows // parts}, {columns}] of {name}, not in whole "
-                "blocks of 4x4: lower parallel.tp, change the model's sizes or take it out of sparsity.weights.targets"
-            )
+        for size, unit, what in (
+            (rows // parts, 4 if sparsity.transposable else 1, "rows of blocks of 4x4"),
+            (columns, sparsity.n_of_m[1], f"columns of {sparsity.pattern} groups"),
+            (columns, sparsity.boost or 1, "columns of sparsity.weights.boost"),
+        ):
+            if size % unit:
+                raise ValueError(
+                    f"sparsity.weights: a process holds {parts} x [{rows // parts}, {columns}] of {name}, not whole "
+                    f"{what}: lower parallel.tp, change the model's sizes or take it out of sparsity.weights.targets"
+                )
         self.name, self.sparsity, self.tp_group = name, sparsity, tp_group
         self.weight = (weight,)  # in a tuple: it is the layer's parameter, not this module's
         self.in_step = False
         self.product: Tensor | None = None  # what a step's micro-batches multiply by, once the first has made it
+        self.masked = 0.0  # the share of a masked weight that is left in the product
+        self.boosted = False  # does the boost learn?
+        self.operands: Operands | None = None  # the product as its kernels take it
+        self.door: Door
+        self.door, self.why_masked = choose(
+            sparsity.products, weight.shape, weight.dtype, platform.device(), sparsity.transposable
+        )
+        self.boost: nn.Parameter | None = None
         self.register_buffer("mask", torch.ones(weight.shape, dtype=torch.bool))
         if sparsity.method == "s_ste":
             self.register_buffer("scale", torch.zeros(matrices or [1]))
+        if sparsity.score == "wanda":
+            self.register_buffer("input_norm", torch.ones(*matrices, columns))
+        if sparsity.boost:
+            self.boost = nn.Parameter(torch.zeros(*matrices, rows, columns // sparsity.boost, dtype=weight.dtype))
+            for attribute in SPLIT:
+                if hasattr(weight, attribute):
+                    setattr(self.boost, attribute, getattr(weight, attribute))
+
+    # What is multiplied ----------------------------------------------------------------------------------------------
 
     def forward(self, weight: Tensor) -> Tensor:
-        product = self._sparse(weight) if self.product is None else self.product
+        product = self._product(weight) if self.product is None else self.product
         if self.in_step:
             self.product = product
-        # Straight through; what was pruned for good gets no gradient.
-        return _Substitute.apply(weight, product, self.mask if self.sparsity.method == "asp" else None)  # type: ignore[no-any-return]
+        factor = (self.mask, self.masked) if self.sparsity.cuts_gradients else None
+        return _Substitute.apply(weight, self.boost, product, factor, self.boosted)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def _sparse(self, weight: Tensor) -> Tensor:
-        if self.sparsity.method != "s_ste":
-            return torch.where(self.mask, weight, 0.0)
-        scale = self.scale if weight.dim() == 2 else self.scale[:, None, None]
-        soft = two_four.soft_threshold_24(weight).mul_(scale.to(weight.dtype))
-        return torch.where(scale > 0, soft, weight)
+    def _product(self, weight: Tensor) -> Tensor:
+        if self.sparsity.method == "s_ste":
+            scale = self.scale if weight.dim() == 2 else self.scale[:, None, None]
+            soft = two_four.soft_threshold_24(weight).mul_(scale.to(weight.dtype))
+            return torch.where(scale > 0, soft, weight)
+        if self.sparsity.method == "dense":
+            return weight.detach()
+        product = torch.where(self.mask, weight, self.masked * weight if self.masked else 0.0)
+        if self.boost is not None:
+            _groups(product, self.boost).add_(self.boost.unsqueeze(-1))
+        return product
+
+    def prepared(self, product: Tensor) -> Operands:
+        """What ``forward`` returned, as the kernels of this weight's door take it; once a step. Where it is not 2:4,
+        and outside of training, the masked door's."""
+        if self.operands is None:
+            is_24 = self.boosted and not self.masked and self.boost is None and self.sparsity.pattern == "2:4"
+            door = self.door if self.in_step and is_24 else "masked"
+            operands = prepare(product, door, self.sparsity.transposable)
+            if not self.in_step:
+                return operands
+            self.operands = operands
+        return self.operands
+
+    # When masks change -----------------------------------------------------------------------------------------------
+
+    def becomes_sparse(self, step: int, steps: int) -> bool:
+        """Is ``step`` (from 0) of ``steps`` the first one with sparse weights?"""
+        before, now = (schedule.weights_are_sparse((s + 1) / steps, self.sparsity) for s in (step - 1, step))
+        return now and (step == 0 or not before)
 
     @torch.no_grad()
     def begin_step(self, step: int, steps: int) -> Refresh:
         """Before step ``step`` (from 0) of ``steps``: a new mask if one is due. Every rank of tp_group calls it. Until
         ``end_step``, the weight is taken not to change."""
-        self.in_step, self.product = True, None
-        before, now = (schedule.weights_are_sparse((s + 1) / steps, self.sparsity) for s in (step - 1, step))
-        first = now and not (before and step > 0)
-        if not now:
+        progress, first = (step + 1) / steps, self.becomes_sparse(step, steps)
+        self.in_step, self.product, self.operands = True, None, None
+        self.masked = schedule.masked_share(progress, self.sparsity)
+        self.boosted = schedule.weights_are_sparse(progress, self.sparsity)
+        if not schedule.weights_are_sparse(progress, self.sparsity):
             self.mask.fill_(True)
             return Refresh()
         if not first and (self.sparsity.method == "asp" or step % self.sparsity.interval):
@@ -89,19 +142,25 @@ class SparseWeight(nn.Module):
         weight = self.weight[0].detach()
         if first and self.sparsity.method == "s_ste":
             self.scale.copy_(self._scale(weight))
-        mask, magnitude = self._mask(weight), weight.abs()
+        mask, magnitude = self._mask(weight, progress), weight.abs()
         flips = Refresh() if first else Refresh((mask != self.mask).sum().item(), mask.numel())
         flips.kept, flips.all = (m.sum(dtype=torch.float64).item() for m in (magnitude * mask, magnitude))
         self.mask.copy_(mask)
+        if first and self.boost is not None:
+            self.boost.copy_(_groups(torch.where(mask, 0.0, weight), self.boost).mean(-1))
         return flips
 
     def end_step(self) -> None:
-        self.in_step, self.product = False, None
+        self.in_step, self.product, self.operands = False, None, None
 
-    def _mask(self, weight: Tensor) -> Tensor:
+    def _mask(self, weight: Tensor, progress: float) -> Tensor:
+        score = weight
+        if self.sparsity.score == "wanda":
+            score = weight.abs() * self.input_norm.unsqueeze(-2).to(weight.dtype)
         if self.sparsity.transposable:
-            return two_four.transposable_mask(weight, self.sparsity.search)
-        return two_four.prune_24(weight)[1]
+            return two_four.transposable_mask(score, self.sparsity.search)
+        n, m = schedule.n_of_m(progress, self.sparsity)
+        return two_four.prune_24(score)[1] if (n, m) == (2, 4) else two_four.prune_nm(score, n, m)[1]
 
     def _scale(self, weight: Tensor) -> Tensor:
         """two_four.sste_scale of each whole matrix."""
@@ -111,25 +170,68 @@ class SparseWeight(nn.Module):
             dist.all_reduce(sums, group=self.tp_group)
         return torch.where(sums[1] > 0, sums[0] / sums[1], 1.0)
 
+    # Decay of what is masked -----------------------------------------------------------------------------------------
+
     @torch.no_grad()
     def add_decay(self, gradient: Tensor, weight: Tensor, start: int, decay: float) -> None:
         """gradient += decay * weight where masked; both hold the elements from ``start`` on of the flattened weight."""
         masked = ~self.mask.view(-1)[start : start + len(gradient)]
         gradient.addcmul_(weight, masked, value=decay)  # one pass over memory
 
+    @torch.no_grad()
+    def decay_after_adam(self, weight: Tensor, second_moment: Tensor, start: int, decay: float, eps: float) -> None:
+        """weight -= decay * weight / (sqrt(second_moment) + eps) where masked: AST's decay, which is no part of Adam's
+        momentum. second_moment: Adam's, corrected for its start; all from ``start`` on."""
+        masked = ~self.mask.view(-1)[start : start + len(weight)]
+        weight.addcdiv_(weight * masked, second_moment.sqrt().add_(eps), value=-decay)
+
 
 def sparse_weights(module: nn.Module) -> Iterator[SparseWeight]:
     return (child for child in module.modules() if isinstance(child, SparseWeight))
 
 
+def notes(recipe: Recipe, chunks: nn.Module) -> list[str]:
+    """For the log: what is sparse, and which products of this process's linear layers run so, or why none does."""
+    sparsity = recipe.sparsity.weights
+    if sparsity is None:
+        return []
+    kind = "transposable masks" if sparsity.transposable else "masks by rows"
+    found = [
+        f"sparsity.weights: {len(recipe.sparse_weights)} of {len(recipe.model.linear_weights)} weights of linear "
+        f"layers and experts, {sparsity.pattern}, {sparsity.method}, {kind}"
+    ]
+    linear = [sparse for sparse in sparse_weights(chunks) if sparse.weight[0].dim() == 2]
+    doors: Counter[tuple[Door, str | None]] = Counter((sparse.door, sparse.why_masked) for sparse in linear)
+    for (door, reason), count in doors.items():
+        text = products(door, sparsity.transposable, sparsity.mvue != "none")
+        found.append(f"{count} linear layers: {text}" + (f" ({reason})" if reason else ""))
+    if len(linear) < len(list(sparse_weights(chunks))):
+        found.append("experts: 2:4 products (masked): all dense")
+    return found
+
+
+def _groups(x: Tensor, boost: Tensor) -> Tensor:
+    """[..., columns] -> a view [..., columns / k, k]."""
+    return x.unflatten(-1, (boost.shape[-1], -1))
+
+
 class _Substitute(torch.autograd.Function):
-    """``product`` in place of the weight, which gets its gradient, where ``mask`` is given only there."""
+    """``product`` in place of the weight, which gets its gradient as if it were the product (straight through), times
+    ``factor`` if one is given: 1 where the mask is true, else the number. boost gets the sum over its columns."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, product: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.mask = mask
+    def forward(
+        ctx, weight: Tensor, boost: Tensor | None, product: Tensor, factor: tuple[Tensor, float] | None, boosted: bool
+    ) -> Tensor:
+        ctx.boost, ctx.factor, ctx.boosted = boost, factor, boosted
         return product.detach()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return gradient if ctx.mask is None else gradient * ctx.mask, None, None
+        dboost = None
+        if ctx.boost is not None:
+            dboost = _groups(gradient, ctx.boost).sum(-1) * float(ctx.boosted)
+        if ctx.factor is not None:
+            mask, masked = ctx.factor
+            gradient = torch.where(mask, gradient, masked * gradient)
+        return gradient, dboost, None, None, None

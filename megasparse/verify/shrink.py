@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from megasparse.config import Model, Recipe, parse_recipe
-from megasparse.topology import Layout
+from megasparse.topology import FP8_TILE, Layout
 
 HEAD_DIM, WIDTH, EXPERT_WIDTH, EXPERTS, LAYERS, VOCAB, SEQUENCE, MICRO_BATCH = 16, 96, 48, 8, 4, 251, 32, 2
 EPS = 1e-3
@@ -32,8 +32,9 @@ def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
     tp = math.lcm(*(layout.tp for layout in layouts))
     cp = math.lcm(*(layout.cp for layout in layouts))
     stages = max(layout.pp * layout.vp for layout in layouts)
-    unit = tp * (4 if recipe.sparse_weights else 1)  # of split widths: 2:4 weights are whole blocks of 4x4
-    _shrink_attention(raw["model"], recipe, tp, unit)
+    tile = FP8_TILE if tp > 1 and recipe.training.fp8 and recipe.training.fp8.recipe == "block" else 1
+    unit = tp * max(tile, 4 if recipe.sparse_weights else 1)  # of split widths: 2:4 weights are whole blocks of 4x4
+    _shrink_attention(raw["model"], recipe, tp, unit, tile)
     _shrink_layers(raw["model"], recipe, stages + (recipe.parallel.layers_per_stage is not None))
     if recipe.model.moe is not None:
         _shrink_experts(raw["model"]["moe"], math.lcm(*(layout.ep for layout in layouts)), unit)
@@ -41,6 +42,8 @@ def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
         _shrink_sparse_attention(raw["model"], recipe, raw["model"]["num_layers"])
     if recipe.sparsity.weights is not None:
         _hasten_weight_sparsity(raw["sparsity"]["weights"], Model.model_validate(raw["model"]).linear_weights)
+    if recipe.training.fp8 is not None:
+        _smooth_fp8(raw["training"]["fp8"])
     _shrink_text(raw, recipe, layouts, tp, cp)
     raw["model"].update(attention_dropout=0.0, hidden_dropout=0.0)
     raw["schedule"] = {"type": "constant"}
@@ -52,6 +55,7 @@ def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
     if recipe.training.precision == "fp16":
         raw["training"]["loss_scale"] = min(recipe.training.loss_scale, LOSS_SCALE)
     raw["training"]["precision"] = "fp32"
+    raw["training"].update(initial_checkpoint=None, teacher=None)
     raw["training"]["steps"] = STEPS
     if recipe.parallel.layers_per_stage is not None:  # of other stages than the layouts'
         uneven = len(set(recipe.parallel.layers_per_stage)) > 1
@@ -59,7 +63,7 @@ def shrink(recipe: Recipe, layouts: list[Layout]) -> tuple[Recipe, list[str]]:
     return parse_recipe(raw), _changes(before, raw)
 
 
-def _shrink_attention(model: dict[str, Any], recipe: Recipe, tp: int, unit: int) -> None:
+def _shrink_attention(model: dict[str, Any], recipe: Recipe, tp: int, unit: int, tile: int) -> None:
     queries_per_key = recipe.model.num_attention_heads // recipe.model.kv_heads
     keys = _at_most(recipe.model.kv_heads, 2 * tp, tp)  # several on a rank
     heads, head_dim = keys * queries_per_key, min(recipe.model.head_size, HEAD_DIM)
@@ -68,6 +72,8 @@ def _shrink_attention(model: dict[str, Any], recipe: Recipe, tp: int, unit: int)
     square = recipe.model.hidden_size == recipe.model.num_attention_heads * recipe.model.head_size
     if heads * head_dim > 2 * WIDTH:  # many queries a key
         head_dim = 4
+    if tile > 1:  # whole tiles of queries, and of keys and values, on each rank
+        square, head_dim = False, tile // math.gcd(keys // tp, 2)
     model.update(
         num_attention_heads=heads,
         num_query_groups=keys if recipe.model.num_query_groups else None,
@@ -120,22 +126,31 @@ def _hasten_weight_sparsity(weights: dict[str, Any], names: list[str]) -> None:
     Targets that are no layer of the small model are left out; all of its weights are, if none is left."""
     weights["targets"] = [t for t in weights["targets"] if any(re.search(t, name) for name in names)] or ["."]
     start = DENSE_START if weights["dense_start"] else 0.0
-    weights.update(dense_start=start, dense_end=0.0, decay_ramp=0.0)
+    weights.update(dense_start=start, dense_end=0.0, ramp=0.0)
     if weights["method"] != "asp":
         weights["refresh_interval"] = min(weights["refresh_interval"] or 2, 2)
     if weights["decay"]:
         weights["decay"] = max(weights["decay"], MASK_DECAY)
 
 
+def _smooth_fp8(fp8: dict[str, Any]) -> None:
+    fp8.update(rounding="smooth", emulate=True)
+    if fp8["recipe"] == "delayed":
+        fp8["amax_history_len"] = min(fp8["amax_history_len"], 2)
+    for end in ("start", "end"):
+        name = f"num_layers_at_{end}_in_bf16"
+        fp8[name] = min(fp8[name], 1)
+
+
 def _shrink_experts(moe: dict[str, Any], ep: int, unit: int) -> None:
     groups = moe["num_groups"] or 1
-    unit = math.lcm(ep, groups)
+    multiple = math.lcm(ep, groups)
     experts = moe["num_experts"]
     if experts > EXPERTS:
-        wanted = unit * max(1, math.ceil(max(EXPERTS, 2 * groups, 2 * moe["top_k"]) / unit))
+        wanted = multiple * max(1, math.ceil(max(EXPERTS, 2 * groups, 2 * moe["top_k"]) / multiple))
         if moe["top_k"] > EXPERTS // 2 and not moe["num_groups"]:
             moe["top_k"] = EXPERTS // 2
-            wanted = unit * math.ceil(EXPERTS / unit)
+            wanted = multiple * math.ceil(EXPERTS / multiple)
         moe["num_experts"] = min(experts, wanted)
     moe["ffn_hidden_size"] = min(moe["ffn_hidden_size"], EXPERT_WIDTH)
     if moe["shared_expert_ffn_hidden_size"]:
@@ -143,13 +158,14 @@ def _shrink_experts(moe: dict[str, Any], ep: int, unit: int) -> None:
 
 
 def _shrink_text(raw: dict[str, Any], recipe: Recipe, layouts: list[Layout], tp: int, cp: int) -> None:
-    sparse = raw["model"]["sparse_attention"]
-    unit = 2 * cp * math.lcm(tp, sparse["query_block_size"] if sparse else 1)
+    sparse, fp8 = raw["model"]["sparse_attention"], recipe.training.fp8
+    micro = min(recipe.training.micro_batch_size, MICRO_BATCH)
+    rows = FP8_TILE // math.gcd(FP8_TILE, micro) if fp8 and fp8.recipe == "block" and cp > 1 else 1
+    unit = 2 * cp * math.lcm(tp, sparse["query_block_size"] if sparse else 1, rows)
     raw["data"]["seq_length"] = _at_most(recipe.data.seq_length, math.ceil(SEQUENCE / unit) * unit, unit)
     if recipe.model.max_position_embeddings:
         raw["model"]["max_position_embeddings"] = min(recipe.model.max_position_embeddings, raw["data"]["seq_length"])
     raw["model"]["vocab_size"] = min(recipe.model.vocab_size or VOCAB, VOCAB)
-    micro = min(recipe.training.micro_batch_size, MICRO_BATCH)
     data = math.lcm(*(layout.dp for layout in layouts))
     pipeline = math.lcm(*(layout.pp for layout in layouts))
     wanted = micro * data * pipeline * (2 if data * pipeline < 4 else 1)
@@ -174,7 +190,12 @@ REASONS = {
     "sparsity.weights.decay": "so that it can be seen",
     "sparsity.weights.refresh_interval": "so that masks change",
     "training.precision": "where rounding hides nothing; in the recipe's own after that",
+    "training.fp8.rounding": "a cast is a step: where float32 differs in the last bit it would make 6% of it",
+    "training.fp8.emulate": "that needs it",
+    "training.fp8.amax_history_len": "so that amaxes leave it",
     "training.loss_scale": "a step that overflows is skipped",
+    "training.initial_checkpoint": "weights are drawn from the seed, some are smaller",
+    "training.teacher": "weights are drawn from the seed, some are smaller",
     "parallel.layers_per_stage": "layouts have other numbers of stages",
     "parallel.embedding_weight": "they are uneven by this",
 }

@@ -25,9 +25,15 @@ SAVED, END = 3, 8  # steps
 # The same layout: to the bit -----------------------------------------------------------------------------------------
 
 
-def interrupted_or_not(layout: str, precision: str, folder: Path, sparse: dict[str, Any] | None = None) -> list[float]:
+def interrupted_or_not(
+    layout: str,
+    precision: str,
+    folder: Path,
+    sparse: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> list[float]:
     """3 steps, save, 3 steps; then load into another engine and do the last 3 again."""
-    recipe = recipe_of(layout, precision)
+    recipe = recipe_of(layout, precision, **(training or {}))
     if sparse is not None:
         model = {**MODEL, "sparse_attention": sparse}
         recipe = small.recipe(model, MOE, {"micro_batch_size": 1}, parallel=Layout.parse(layout).parallel())
@@ -73,6 +79,26 @@ def test_resumed_is_never_interrupted(tmp_path: Path, layout: str, precision: st
     scales = run_distributed(interrupted_or_not, Layout.parse(layout).world_size, layout, precision, tmp_path)[0]
     if precision == "fp16":
         assert len(set(scales)) == 2, "the scale moves within these steps, so its counter was restored"
+
+
+@pytest.mark.parametrize(("layout", "precision"), [("tp2ep2+sp", "fp32"), ("ep2", "bf16")])
+def test_histories_of_fp8_are_resumed(tmp_path: Path, layout: str, precision: str) -> None:
+    """Of experts on each rank, in float32 whatever the precision; a history that is not yet full, and then is."""
+    training = {"fp8": {"recipe": "delayed", "amax_history_len": 5, "margin": 1}}
+    run_distributed(interrupted_or_not, 2, layout, precision, tmp_path, None, training)
+    reader = Reader(tmp_path / "step_3")
+    names = [name for name in reader.tensors if ".fp8." in name]
+    assert len(names) == 2 * len(recipe_of(**training).fp8_weights)
+    history = reader.read("model.decoder.layers.1.mlp.experts.fp8.w2.history")
+    assert (history.shape, history.dtype) == ((5, 8, 4), torch.float32)
+    assert (history[:2] == 0).all()
+    assert (history[2:, :, :2] > 0).any((1, 2)).all()
+    with pytest.raises(ValueError, match=r"training.fp8.margin was 1, is 0"):
+        check_resumable(
+            tmp_path / "step_3", recipe_of(layout, precision, fp8={**training["fp8"], "margin": 0}), FINGERPRINT
+        )
+    elsewhere = recipe_of(layout, precision, fp8={**training["fp8"], "emulate": True})
+    check_resumable(tmp_path / "step_3", elsewhere, FINGERPRINT)
 
 
 @pytest.mark.parametrize("selector", ["gate", "nsa", "clusters"])

@@ -14,11 +14,18 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import megatron.core.utils
 import pytest
 from megatron.core.transformer import TransformerConfig
 
 from megasparse.layers import te
+from megasparse.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megasparse.layers.step import StepState
+from megasparse.model import Linears, transformer_config
+from tests import small
 from tests.helpers import REPOSITORY
 from tests.layers.te_sources import Offer, Use, Uses, te_gate
 
@@ -195,3 +202,62 @@ def test_fields_that_cannot_be() -> None:
         te.fp8_fields("delayed", bf16_layers=(1, 1))
     with pytest.raises(ValueError, match="first / last layer"):  # megatron-core's own word
         config(fp8="hybrid", fp8_recipe="delayed", first_last_layers_bf16=True)
+
+
+TWO_FOUR = {"weights": {"method": "s_ste", "targets": ["qkv"]}}
+
+
+@pytest.mark.parametrize(
+    ("fp8", "sections", "message"),
+    [
+        ({"recipe": "current"}, {}, None),
+        ({"recipe": "current", "experts": False}, {"moe": {}}, None),
+        ({"recipe": "current", "num_layers_at_start_in_bf16": 1}, {"moe": {"layers": [1, 0]}}, None),
+        ({"recipe": "block"}, {}, "block on a GPU: FP8 with block scaling: needs CUDA >= 12.9; set emulate=true"),
+        ({"recipe": "delayed"}, {}, "where our checkpoints do not reach, in units of one layout; use recipe=current"),
+        (
+            {"recipe": "current", "rounding": "smooth"},
+            {},
+            "rounding=smooth is not Transformer Engine's; set emulate=true",
+        ),
+        ({"recipe": "current"}, {"sparsity": TWO_FOUR}, "not the 2:4 one that sparsity.weights puts in its place; set"),
+        ({"recipe": "current"}, {"moe": {}}, "grouped linear has one for each; set experts=false or emulate=true"),
+    ],
+)
+def test_what_transformer_engine_cannot_do_is_said(
+    monkeypatch: pytest.MonkeyPatch, fp8: dict, sections: dict, message: str | None
+) -> None:
+    """On a Hopper GPU; nothing is emulated there unless the recipe says so."""
+    recipe = small.recipe(training={"fp8": fp8}, **sections)
+    assert not te.trains(recipe)
+    monkeypatch.setattr(te.platform, "has_cuda", lambda: True)
+    monkeypatch.setitem(sys.modules, "transformer_engine", type(sys)("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", FakeTE)
+    monkeypatch.setattr(sys.modules["transformer_engine"], "__version__", VERSION, raising=False)
+    monkeypatch.setattr(megatron.core.utils, "_te_version", None)
+    assert te.trains(recipe)
+    if message is None:
+        place: Any = SimpleNamespace(tp=1, pp=1, cp=1, vp=1, sequence_parallel=False)
+        made = transformer_config(recipe, place)
+        assert (made.fp8, made.fp8_recipe, made.first_last_layers_bf16) == ("hybrid", "tensorwise", False)
+    else:
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            te.checked_fields(recipe)
+        assert "\n" not in str(error.value)
+    assert not te.trains(
+        small.recipe(training={"fp8": {**fp8, "emulate": True}}, **({"moe": {}} if "experts" in fp8 else {}))
+    )
+    assert not te.trains(small.recipe())
+
+
+def test_the_spec_has_transformer_engines_layers_where_the_recipe_has_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small.recipe(
+        training={"fp8": {"recipe": "current", "num_layers_at_start_in_bf16": 1}}, moe={"layers": [0, 1]}
+    )
+    monkeypatch.setattr(te, "trains", lambda _: True)
+    monkeypatch.setattr(te, "layers", lambda: te.Layers("c", "n", "r", "gc", "gr", "norm", "a"))  # type: ignore[arg-type]
+    place: Any = SimpleNamespace(tp_cp_group=None)
+    first, second = (Linears(recipe, index, StepState(), place) for index in (0, 1))
+    assert (second.column("self_attention.linear_qkv"), second.row("self_attention.linear_proj")) == ("c", "r")
+    assert first.column("self_attention.linear_qkv").module is ColumnParallelLinear
+    assert first.row("mlp.linear_fc2").module is RowParallelLinear

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from megasparse import engine
 from megasparse.engine import Engine
-from megasparse.layers import selectors
+from megasparse.layers import fp8, selectors
 from megasparse.layers.router import Router
 
 
@@ -92,6 +93,14 @@ def micro_batches_counted_twice() -> Iterator[None]:
         return run(self, batches, scale / len(batches), **kwargs)
 
     with mock.patch.object(Engine, "_forward_backward", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def fp8_scales_of_each_rank() -> Iterator[None]:
+    """By what it has seen itself."""
+    alone = SimpleNamespace(**{**vars(dist), "all_reduce": lambda *_, **__: None})
+    with mock.patch.object(fp8, "dist", alone):
         yield
 
 

@@ -203,8 +203,27 @@ def test_a_default_layout_that_cannot_be_is_said_not_dropped() -> None:
     assert reason.startswith("layout tp2+sp on 2 processes: model.num_attention_heads=25 is not divisible by tp=2")
 
 
+@pytest.mark.parametrize("scaling", ["delayed", "block"])
+@pytest.mark.parametrize("recipe", [QWEN3_MOE, DEEPSEEK_LIKE], ids=["qwen3-moe", "deepseek-like"])
+def test_fp8_has_no_steps_and_whole_tiles(recipe: Recipe, scaling: str) -> None:
+    """Where a cast would make 6% of the last bit of float32; histories that amaxes leave; both kinds of layers."""
+    raw = recipe.model_dump(mode="json")
+    raw["training"]["fp8"] = {"recipe": scaling, "num_layers_at_end_in_bf16": 5}
+    layouts, left_out = possible_layouts(parse_recipe(raw))
+    assert not left_out
+    made, changes = shrink(parse_recipe(raw), layouts)
+    fp8 = made.training.fp8
+    assert fp8 is not None
+    assert (fp8.recipe, fp8.rounding, fp8.num_layers_at_end_in_bf16) == (scaling, "smooth", 1)
+    assert fp8.amax_history_len == (2 if scaling == "delayed" else 1024)
+    assert any(line.startswith("training.fp8.rounding: nearest -> smooth (a cast is a step") for line in changes)
+    for layout in layouts:
+        parallel = {**made.model_dump(mode="json"), "parallel": layout.parallel()}
+        check_layout(parse_recipe(parallel), layout.world_size)
+
+
 def test_two_four_weights_change_in_few_steps_and_stay_whole() -> None:
-    weights = {"method": "sr_ste", "decay": 1e-4, "dense_start": 0.1, "decay_ramp": 0.3, "dense_end": 0.2}
+    weights = {"method": "sr_ste", "decay": 1e-4, "dense_start": 0.1, "ramp": 0.3, "dense_end": 0.2}
     raw = QWEN3_MOE.model_dump(mode="json")
     raw["sparsity"] = {"weights": {**weights, "targets": [r"layers\.40\..*experts", "attention"]}}
     layouts = [Layout.parse(text) for text in ("tp4", "tp2pp2ep2")]
@@ -212,10 +231,21 @@ def test_two_four_weights_change_in_few_steps_and_stay_whole() -> None:
     shrunk = small_recipe.sparsity.weights
     assert shrunk is not None
     assert shrunk.targets == ["attention"]
-    assert (shrunk.refresh_interval, shrunk.decay, shrunk.decay_ramp, shrunk.dense_end) == (2, 0.02, 0.0, 0.0)
+    assert (shrunk.refresh_interval, shrunk.decay, shrunk.ramp, shrunk.dense_end) == (2, 0.02, 0.0, 0.0)
     sparse = [schedule.weights_are_sparse((s + 1) / small_recipe.training.steps, shrunk) for s in range(3)]
     assert sparse == [False, True, True]
     assert "sparsity.weights.decay: 0.0001 -> 0.02 (so that it can be seen)" in changes
     for layout in layouts:
         parallel = {**small_recipe.model_dump(mode="json"), "parallel": layout.parallel()}
         check_layout(parse_recipe(parallel), layout.world_size)
+
+
+def test_weights_of_another_run_are_set_aside_and_said() -> None:
+    """The model is another, smaller one: neither could be loaded into it."""
+    raw = QWEN3_MOE.model_dump(mode="json")
+    raw["training"].update(initial_checkpoint="runs/x/step_1", teacher={"checkpoint": "runs/y/step_2"})
+    shrunk, changes = shrink(parse_recipe(raw), [Layout.parse("tp2")])
+    assert (shrunk.training.initial_checkpoint, shrunk.training.teacher) == (None, None)
+    why = "weights are drawn from the seed, some are smaller"
+    assert f"training.initial_checkpoint: runs/x/step_1 -> None ({why})" in changes
+    assert [line for line in changes if line.startswith("training.teacher: ") and line.endswith(f"-> None ({why})")]

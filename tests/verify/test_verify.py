@@ -26,10 +26,12 @@ DROPLESS: dict[str, Any] = {"aux_loss_coefficient": 0.05, "layers": [1, 1]}
 CAPACITY = {**DROPLESS, "capacity_factor": 1.0}
 
 
-def recipe_of(moe: dict[str, Any], precision: str = "fp32", **sections: Any) -> Recipe:
+def recipe_of(
+    moe: dict[str, Any], precision: str = "fp32", fp8: dict[str, Any] | None = None, **sections: Any
+) -> Recipe:
     """Clipping to a tenth of a usual norm."""
     model = {"tie_embeddings": True, "vocab_size": 95}
-    return small.recipe(model, moe, {"precision": precision}, optimizer={"clip_grad": 0.1}, **sections)
+    return small.recipe(model, moe, {"precision": precision, "fp8": fp8}, optimizer={"clip_grad": 0.1}, **sections)
 
 
 def verified(recipe: Recipe, layouts: str, bug: Callable[[], Any] | None = None, steps: int = 2) -> Report:
@@ -46,8 +48,12 @@ TWO_FOUR = {"weights": {"method": "sr_ste", "decay": 1e-4, "targets": ["."], "de
 
 @pytest.mark.parametrize(
     ("moe", "sections"),
-    [(DROPLESS, {}), (CAPACITY, {"sparsity": TWO_FOUR})],
-    ids=["dropless", "capacity and 2:4 weights"],
+    [
+        (DROPLESS, {}),
+        (CAPACITY, {"sparsity": TWO_FOUR}),
+        (DROPLESS, {"sparsity": TWO_FOUR, "fp8": {"recipe": "delayed", "margin": 1}}),
+    ],
+    ids=["dropless", "capacity and 2:4 weights", "2:4 weights in FP8"],
 )
 def test_what_is_right_passes(moe: dict[str, Any], sections: dict[str, Any]) -> None:
     report = verified(recipe_of(moe, **sections), "tp2ep2,pp2,dp2,cp2", steps=3)
@@ -87,6 +93,15 @@ def test_a_planted_bug_is_found_and_named(
     assert diagnosis in comparison.diagnosis
     assert first in comparison.first
     assert comparison.worst > 1e-4, "not rounding"
+
+
+@pytest.mark.parametrize(("scaling", "layout"), [("current", "tp2"), ("delayed", "dp2")])
+def test_scales_of_a_rank_alone_are_found(scaling: str, layout: str) -> None:
+    report = verified(recipe_of(DROPLESS, fp8={"recipe": scaling}), layout, bugs.fp8_scales_of_each_rank, steps=3)
+    (comparison,) = report.comparisons
+    assert not report.passed
+    assert comparison.worst > 1e-4, "not rounding"
+    assert bool(comparison.contradictions) is (scaling == "delayed"), "histories that differ are in the state"
 
 
 def test_other_lists_of_key_blocks_are_found_and_named() -> None:

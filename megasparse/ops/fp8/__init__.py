@@ -5,7 +5,7 @@ Transformer Engine on Hopper: delayed, current and block scaling.
 """
 
 from megasparse.ops.fp8.float8 import Float8, dequantize, fp8_matmul, quantize
-from megasparse.ops.fp8.linear import Scaling, fp8_linear
+from megasparse.ops.fp8.linear import Scaling, fp8_grouped_swiglu, fp8_linear
 from megasparse.ops.fp8.scales import E4M3, E5M2, TILE, amax, scale_from_amax, update_history
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Scaling",
     "amax",
     "dequantize",
+    "fp8_grouped_swiglu",
     "fp8_linear",
     "fp8_matmul",
     "quantize",

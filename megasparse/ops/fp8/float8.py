@@ -12,27 +12,32 @@ from megasparse.ops.fp8.scales import E5M2, TILE
 
 
 class Float8(NamedTuple):
-    """A tensor x as data = x * scale, rounded to float8."""
+    """A tensor x as data = x * scale, rounded to float8 (or as ``smooth`` says, in float32)."""
 
     data: Tensor
-    scale: Tensor  # float32: [] of the whole, or [rows, columns] of a matrix's tiles, each 1 or TILE wide
+    scale: Tensor  # float32: [] of the whole, or [rows, columns] of a matrix's tiles, each 1, TILE or all of it wide
 
     def t(self) -> Float8:
         return Float8(self.data.t(), self.scale.t())
 
 
-def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Float8:
+def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor, smooth: bool = False) -> Float8:
     """x * scale in float32, rounded to the nearest number of ``dtype``, ties to even.
 
     x: float32, bfloat16 or float16, of any shape, or [m, n] if the scale is by tiles. Finite values beyond the largest
     number become it. Infinity stays so in e5m2 and becomes NaN in e4m3, which has none: Transformer Engine's cast
     (satfinite) would make it finite, and the step that has to be skipped would not be. Nor is this left to torch's
     cast to e4m3, which saturates infinity on some devices.
+
+    smooth: a continuous map in place of the cast, for proofs: off by at most as much, depending on the scale as much,
+    but where x differs in float32's last bit the result does so too, and not by a step of ``dtype``.
     """
     largest = torch.finfo(dtype).max
     rounded = (x.float() * _spread(scale, x.shape)).clamp(-largest, largest)
     not_finite = x.float() if dtype == E5M2 else rounded.new_tensor(math.nan)
-    return Float8(torch.where(x.isfinite(), rounded, not_finite).to(dtype), scale)
+    if smooth:
+        rounded += rounded * torch.finfo(dtype).eps / 2 * (8 * rounded.abs().clamp(min=1e-30).log()).sin()
+    return Float8(torch.where(x.isfinite(), rounded, not_finite).to(torch.float32 if smooth else dtype), scale)
 
 
 def dequantize(q: Float8, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,7 +63,7 @@ def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
     if scale.dim() == 0:
         return scale
     for dim, size in enumerate(shape):
-        if scale.shape[dim] != size:
+        if scale.shape[dim] not in (1, size):
             assert scale.shape[dim] == -(-size // TILE)
             scale = scale.repeat_interleave(TILE, dim).narrow(dim, 0, size)
     return scale

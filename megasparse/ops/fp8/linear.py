@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,6 +27,12 @@ class Scaling:
     "current": from each tensor itself. ``reduce_amax`` takes its amax [] to the largest over the ranks that hold parts
     of the same tensor; None: this rank's alone.
     "block": from tiles of TILE elements along the sum of x and dy, and of TILE x TILE of the weight; powers of two.
+
+    by_row: a row of x or dy shares its scale with no other row. "current": it has one. "block": its tiles lie along
+    the row for all three products. No GEMM has such operands for dW: this is for layers that would see other rows
+    side by side in another layout. Nothing changes for "delayed".
+    gradient_unit: dy is that many times the gradient that ``scale`` and ``amax``, and powers of two, are of.
+    smooth: see ``quantize``.
     """
 
     recipe: Literal["delayed", "current", "block"]
@@ -33,6 +40,9 @@ class Scaling:
     scale: Tensor | None = None
     amax: Tensor | None = None
     reduce_amax: Callable[[Tensor], Tensor] | None = None
+    by_row: bool = False
+    gradient_unit: float = 1.0
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe not in ("delayed", "current", "block"):
@@ -42,19 +52,21 @@ class Scaling:
 
     def quantize(self, x: Tensor, operand: int, tile: tuple[int, int]) -> Float8:
         """The operand x [m, n] in float8: dy in ``grad_dtype``, the others in e4m3. tile: the block recipe's."""
-        dtype = self.grad_dtype if operand in (DY, DY_OF_DW) else E4M3
+        dtype, unit = (self.grad_dtype, self.gradient_unit) if operand in (DY, DY_OF_DW) else (E4M3, 1.0)
+        by_row = self.by_row and operand != WEIGHT
         match self.recipe:
             case "delayed":
                 assert self.scale is not None
                 assert self.amax is not None
-                self.amax[operand] = torch.maximum(self.amax[operand], amax(x))
+                self.amax[operand] = torch.maximum(self.amax[operand], amax(x) / unit)
                 scale = self.scale[operand].clone()  # backward needs it as it is now
             case "current":
-                largest = amax(x) if self.reduce_amax is None else self.reduce_amax(amax(x))
-                scale = scale_from_amax(largest, dtype)
+                largest = amax(x, (1, x.shape[1]) if by_row else None) / unit
+                scale = scale_from_amax(largest if self.reduce_amax is None else self.reduce_amax(largest), dtype)
             case "block":
-                scale = scale_from_amax(amax(x, tile), dtype, power_of_two=True)
-        return quantize(x, dtype, scale)
+                largest = amax(x, (1, TILE) if by_row else tile) / unit
+                scale = scale_from_amax(largest, dtype, power_of_two=True)
+        return quantize(x, dtype, scale / unit, self.smooth)
 
 
 def fp8_linear(
@@ -73,6 +85,22 @@ def fp8_linear(
     return _Linear.apply(x, weight, scaling, dy_of_dw)  # type: ignore[no-any-return]
 
 
+def fp8_grouped_swiglu(
+    x: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, scaling: Sequence[tuple[Scaling, Scaling, Scaling]]
+) -> Tensor:
+    """``experts.grouped_swiglu`` with fp8_linear's products: w1, w2 and w3 of each expert by ``scaling``, by expert.
+
+    One expert after the other, and x is quantised for w1 and again for w3: slower than the products in float32.
+    """
+    y = []
+    for rows, gate, down, up, (of_gate, of_down, of_up) in zip(
+        x.split(counts.tolist()), w1, w2, w3, scaling, strict=True
+    ):
+        hidden = F.silu(fp8_linear(rows, gate, of_gate)) * fp8_linear(rows, up, of_up)
+        y.append(fp8_linear(hidden, down, of_down))
+    return torch.cat(y)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scaling: Scaling, dy_of_dw: Callable[[Tensor], Tensor] | None):
@@ -80,7 +108,7 @@ class _Linear(torch.autograd.Function):
         qx = scaling.quantize(rows, X, (1, TILE))
         qw = scaling.quantize(weight, WEIGHT, (TILE, TILE))
         y = fp8_matmul(qx, qw.t(), x.dtype)
-        if scaling.recipe == "block" and ctx.needs_input_grad[1]:
+        if scaling.recipe == "block" and not scaling.by_row and ctx.needs_input_grad[1]:
             qx = scaling.quantize(rows, X, (TILE, 1))
         ctx.save_for_backward(*qx, *qw)
         ctx.scaling, ctx.dy_of_dw = scaling, dy_of_dw
@@ -94,7 +122,7 @@ class _Linear(torch.autograd.Function):
         x_data, x_scale, w_data, w_scale = ctx.saved_tensors
         qx, qw = Float8(x_data, x_scale), Float8(w_data, w_scale)
         dy = dy.reshape(-1, len(w_data))
-        block = scaling.recipe == "block"
+        block = scaling.recipe == "block" and not scaling.by_row
         dx = dw = qdy = None
         if ctx.needs_input_grad[0]:
             qdy = scaling.quantize(dy, DY, (1, TILE))

@@ -22,6 +22,7 @@ __all__ = [
     "mvue_24",
     "pack_24",
     "prune_24",
+    "prune_nm",
     "soft_threshold_24",
     "sste_scale",
     "transposable_mask",
@@ -47,6 +48,23 @@ def prune_24(w: Tensor, dim: int = -1, score: Tensor | None = None, backend: Bac
     groups, shape = _grouped(score, dim)
     mask = _backend(backend, w).prune_mask(groups).view(shape)
     return torch.where(mask, w, 0.0), mask
+
+
+@torch.no_grad()
+def prune_nm(score: Tensor, n: int, m: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Keep the n of every m along ``dim`` whose |score| is largest; ties go to the first. As ``prune_24``, by sorting.
+
+    score: any shape, a multiple of m along dim, else ValueError. Returns (score where kept and 0 elsewhere, bool mask).
+    """
+    if not 0 < n < m or score.shape[dim] % m:
+        raise ValueError(
+            f"{n} of every {m} along dim={dim} of {list(score.shape)}: 0 < n < m and multiples of m are needed"
+        )
+    groups = torch.where(score.isnan(), torch.inf, score.abs()).unflatten(dim, (-1, m))
+    along = dim if dim < 0 else dim + 1
+    order = groups.sort(dim=along, descending=True, stable=True).indices
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(along, order.narrow(along, 0, n), True).view(score.shape)
+    return torch.where(mask, score, 0.0), mask
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megasparse.ops.fp8 import E4M3, E5M2, Scaling, fp8_linear, update_history
+from megasparse.ops.fp8 import E4M3, E5M2, Scaling, amax, fp8_grouped_swiglu, fp8_linear, quantize, update_history
 from megasparse.ops.fp8.linear import DY, DY_OF_DW, WEIGHT, X
 from tests.ops.fp8.explicit import rounded, scaled_and_rounded
 
@@ -211,3 +211,100 @@ def test_unknown_recipe_and_missing_state() -> None:
         Scaling("mxfp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs scale and amax"):
         Scaling("delayed", scale=SCALES)
+
+
+# What layouts ask for ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("recipe", "tile"), [("current", (1, 10_000)), ("block", ROW)])
+def test_by_row(recipe: str, tile: tuple[int, int]) -> None:
+    """A row of x and dy has scales of its own in all three products, so it does not matter what is beside it."""
+    x, weight, dy = operands((200, 130, 300), torch.float32)
+    state = scaling(recipe, by_row=True)
+    y = fp8_linear(x, weight, state)
+    dx, dw = torch.autograd.grad(y, (x, weight), dy)
+
+    def of_rows(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+        if recipe == "block":
+            return rounded(tensor, dtype, ROW)
+        return np.concatenate([rounded(row, dtype) for row in tensor.split(1)])
+
+    qw = rounded(weight, E4M3, SQUARE if recipe == "block" else None)
+    assert_product(y, of_rows(x, E4M3), qw.T)
+    assert_product(dx, of_rows(dy, E5M2), qw)
+    assert_product(dw, of_rows(dy, E5M2).T, of_rows(x, E4M3))
+    some = torch.arange(200).flip(0)[::3]
+    torch.testing.assert_close(fp8_linear(x[some], weight, state), y[some])
+    assert not torch.allclose(
+        fp8_linear(x[some], weight, scaling("current")), fp8_linear(x, weight, scaling("current"))[some]
+    )
+
+
+@RECIPES
+@pytest.mark.parametrize("unit", [4.0, 3.0])
+def test_what_gradients_are_multiplied_by_is_not_in_scales(recipe: str, unit: float) -> None:
+    """A sum over three replicas: each of them sees three times the gradient, and its casts are the same."""
+    x, weight, dy = operands((20, 140, 300), torch.float32)
+    results, seen = [], []
+    for factor in (1.0, unit):
+        state = scaling(recipe, gradient_unit=factor)
+        results.append(torch.autograd.grad(fp8_linear(x, weight, state), (x, weight), factor * dy))
+        seen.append(state.amax)
+    for plain, scaled in zip(*results, strict=True):
+        torch.testing.assert_close(scaled / unit, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+    if recipe == "delayed":
+        torch.testing.assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+def test_smooth_is_as_rough_and_continuous(dtype: torch.dtype) -> None:
+    """Off by at most half of the last bit of a cast, and by nearly that somewhere; another scale is another result; a
+    small difference stays one, where a cast makes some large."""
+    x = torch.logspace(-4, 2, 20_000).repeat(2) * torch.tensor([1.0, -1.0]).repeat_interleave(20_000)
+    scale = torch.tensor(1.7)
+    largest, half = torch.finfo(dtype).max, torch.finfo(dtype).eps / 2
+
+    def smooth(tensor: Tensor, scale: Tensor) -> Tensor:
+        q = quantize(tensor, dtype, scale, smooth=True)
+        assert q.data.dtype == torch.float32
+        return q.data / q.scale
+
+    away = (smooth(x, scale) / x - 1).abs()
+    assert 0.99 * half < away.max() <= half * 1.001
+    assert ((smooth(x, 2 * scale) - smooth(x, scale)) / x).abs().mean() > half / 4
+    near = x * (1 + 1e-3)
+    assert ((smooth(near, scale) - smooth(x, scale)) / x).abs().max() < 3e-3
+    cast = [quantize(tensor, dtype, scale).data.float() for tensor in (x, near)]
+    assert ((cast[1] - cast[0]) / cast[0]).nan_to_num().abs().max() > half
+    assert smooth(torch.tensor([1e9, -1e9, 0.0]), scale).abs().max() <= largest / scale * (1 + half)
+    assert smooth(torch.zeros(3), scale).eq(0).all()
+    assert not smooth(torch.tensor([math.inf, math.nan]), scale).isfinite().any()
+
+
+@RECIPES
+def test_experts_are_linear_layers_of_their_rows(recipe: str) -> None:
+    """The second of three has no rows."""
+    counts = torch.tensor([40, 0, 5])
+    x = torch.randn(45, 24).requires_grad_()
+    w1, w2, w3 = (torch.randn(3, *shape).mul(0.2).requires_grad_() for shape in ((16, 24), (24, 16), (16, 24)))
+    dy = torch.randn(45, 24)
+    states = [tuple(scaling(recipe, by_row=True) for _ in range(3)) for _ in range(3)]
+    for expert in states:
+        for state in expert:
+            if recipe == "delayed":
+                object.__setattr__(state, "amax", torch.zeros(4))
+    y = fp8_grouped_swiglu(x, counts, w1, w2, w3, states)  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(y, (x, w1, w2, w3), dy)
+    dx = []
+    for e, rows in enumerate(x.detach().split(counts.tolist())):
+        one = [rows.clone().requires_grad_(), *(w[e].detach().clone().requires_grad_() for w in (w1, w2, w3))]
+        gate, up = (fp8_linear(one[0], w, scaling(recipe, by_row=True)) for w in (one[1], one[3]))
+        out = fp8_linear(torch.nn.functional.silu(gate) * up, one[2], scaling(recipe, by_row=True))
+        assert torch.equal(out, y.split(counts.tolist())[e])
+        own = torch.autograd.grad(out, one, dy.split(counts.tolist())[e])
+        dx.append(own[0])
+        for whole, part in zip(gradients[1:], own[1:], strict=True):
+            assert torch.equal(whole[e], part)
+        if recipe == "delayed":
+            assert states[e][0].amax[X] == amax(rows)
+    assert torch.equal(torch.cat(dx), gradients[0])

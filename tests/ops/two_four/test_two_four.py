@@ -9,6 +9,7 @@ from megasparse.ops.two_four import (
     mvue_24,
     pack_24,
     prune_24,
+    prune_nm,
     soft_threshold_24,
     sste_scale,
     transposable_mask,
@@ -45,6 +46,20 @@ def test_what_is_packed_is_unpacked_to_the_bit(shape: tuple[int, ...], dtype: to
     assert torch.equal(unpack_24(values, metadata).float(), w.float())
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 4), (1, 8), (4, 16)])
+def test_n_of_every_m(n: int, m: int) -> None:
+    w = gaussian(3, 32, 16)
+    for dim in (1, 2, -1, -2):
+        values, mask = prune_nm(w, n, m, dim)
+        groups = w.abs().movedim(dim, -1).unflatten(-1, (-1, m))
+        kept = mask.movedim(dim, -1).unflatten(-1, (-1, m))
+        assert (kept.sum(-1) == n).all()
+        assert (groups.masked_fill(~kept, torch.inf).amin(-1) >= groups.masked_fill(kept, 0).amax(-1)).all()
+        assert torch.equal(values, w * mask)
+        if (n, m) == (2, 4):
+            assert torch.equal(mask, prune_24(w, dim)[1])
+
+
 def test_metadata_by_hand() -> None:
     w = torch.tensor([[0.0, 5.0, 0.0, 7.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 9.0, 0.0]])
     values, metadata = pack_24(w)
@@ -79,6 +94,7 @@ def test_nothing_is_differentiated() -> None:
     ("call", "message"),
     [
         (lambda w: prune_24(w), r"\[4, 6\] has 6 elements along dim=1: must be a multiple of 4"),
+        (lambda w: prune_nm(w, 1, 4), r"1 of every 4 along dim=-1 of \[4, 6\]: 0 < n < m and multiples of m"),
         (lambda w: soft_threshold_24(w, 2), r"dim=2 is not a dimension of \[4, 6\]"),
         (lambda w: prune_24(w[:, :4], score=w), r"score \[4, 6\] must have the shape of w \[4, 4\]"),
         (lambda w: transposable_mask(w), r"w \[4, 6\] must be \[..., rows, columns\], both multiples of 4"),
