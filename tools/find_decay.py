@@ -1,7 +1,7 @@
 """Find the decay of masked weights (sparsity.weights.decay) for a recipe, as 2by4 does (arXiv 2404.01847).
 
-    python tools/find_decay.py examples/two_four.yaml --steps 200
-    python tools/find_decay.py RECIPE --decays 1e-5 1e-4 1e-3 --processes 2 --output runs/find_decay model.num_layers=2
+    python tools/find_decay.py examples/pretrain.yaml 'sparsity.weights={method: sr_ste, decay: 0}' parallel.ep=1
+    python tools/find_decay.py RECIPE --decays 1e-5 1e-4 1e-3 --steps 500 --processes 2 --output runs/decays
 
 Short runs of the recipe's first steps, one of them dense, whose masks are made but not applied: each run's flip rate is
 the share of places that its masks change between two refreshes, over the second half of the run. Too little decay
