@@ -13,6 +13,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -24,15 +25,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megasparse import platform, schedule
+from megasparse import platform
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
 from megasparse.distillation import Teacher
 from megasparse.layers import fp8
 from megasparse.layers.step import StepState, attention_observations, auxiliary_losses
-from megasparse.layers.wanda import measure_inputs
 from megasparse.model import GPTModel, Weight, local_weights, moe_layers
-from megasparse.sparsity.weight import Refresh, SparseWeight, sparse_weights
+from megasparse.pruning import PlaceInAdam, SparseWeights
+from megasparse.sparsity.weight import Refresh
 from megasparse.topology import MegatronMPU, Topology
 
 
@@ -68,17 +69,6 @@ class Fragment:
     master: Tensor  # float32
     gradient: Tensor | None  # reduced over every rank, times the loss scale; only between backward and the step
     state: dict[str, Tensor]  # Adam's exp_avg and exp_avg_sq; empty before the first step
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Of a weight in AdamW: elements ``offset`` .. ``offset + size`` of the flattened ``owner``, one of its parameters,
-    are those from ``start`` on of the flattened local weight."""
-
-    owner: Tensor
-    offset: int
-    start: int
-    size: int
 
 
 class Engine:
@@ -122,10 +112,7 @@ class Engine:
         self.before_step: Callable[[], None] | None = None  # to look at gradients: reduced, not yet clipped
         self._moe = moe_layers(chunks)
         self._fp8 = fp8.fp8_scales(chunks)
-        self._sparse = {sparse.weight[0]: sparse for sparse in sparse_weights(chunks)}
-        if self._sparse:
-            self.adam.register_step_pre_hook(self._decay_before_adam)
-            self.adam.register_step_post_hook(self._decay_after_adam)
+        self.sparse_weights = SparseWeights(recipe, topology, chunks, self.adam, self._place_in_adam)
         self._partial = [
             weight.tensor
             for weight in local_weights(chunks, topology)
@@ -141,7 +128,8 @@ class Engine:
     def train_step(self, batches: list[Batch], step: int, learning_rate: float) -> StepResult:
         """One optimizer step (``step`` counts from 0) on this rank's micro-batches."""
         self.chunks.train()
-        refresh = self._begin_sparse(step, batches)
+        calibrate = partial(self._forward_backward, batches, 1.0, forward_only=True)
+        refresh = self.sparse_weights.begin_step(step, calibrate, self.fragments)
         self.step_state.begin(step, self.recipe.training.steps, len(batches))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -149,8 +137,7 @@ class Engine:
         scale = self.topology.replicas / tokens
         self.step_state.gradient_unit = scale * self.loss_scale()
         losses = self._forward_backward(batches, scale)
-        for sparse in self._sparse.values():
-            sparse.end_step()
+        self.sparse_weights.end_step()
         statistics = self._reduce_statistics(losses, tokens, refresh)
         loss_scale = self.loss_scale()
         self._norm = self._gradient_norm()
@@ -175,32 +162,6 @@ class Engine:
             sparsity=statistics.sparsity,
             distillation=statistics.distillation,
         )
-
-    def _begin_sparse(self, step: int, batches: list[Batch]) -> Refresh:
-        """Make the masks of sparse weights anew where they are due; returns this rank's share in what changed."""
-        steps, total = self.recipe.training.steps, Refresh()
-        first = any(sparse.becomes_sparse(step, steps) for sparse in self._sparse.values())
-        sparsity = self.recipe.sparsity.weights
-        if first and sparsity is not None and sparsity.score == "wanda":
-            self.chunks.eval()
-            measure_inputs(self.chunks, self.topology, lambda: self._run(batches))
-            self.chunks.train()
-        for weight, sparse in self._sparse.items():
-            copies = self.topology.replicas if getattr(weight, "allreduce", True) else self.topology.expert_dp
-            total.add(sparse.begin_step(step, steps), 1 / copies)
-        if first:
-            self._take_over({sparse.boost for sparse in self._sparse.values() if sparse.boost is not None})
-        return total
-
-    def _run(self, batches: list[Batch]) -> None:
-        self._forward_backward(batches, scale=1.0, forward_only=True)
-
-    def _take_over(self, parameters: set[nn.Parameter]) -> None:
-        """Parameters that were given other values: the optimizer's own copies follow."""
-        for fragment in self.fragments():
-            if fragment.weight.tensor in parameters:
-                flat = fragment.weight.tensor.detach().view(-1)
-                fragment.master.copy_(flat[fragment.start : fragment.start + len(fragment.master)])
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -313,38 +274,6 @@ class Engine:
             self.optimizer.zero_grad()
         self.chunks.zero_grad()
 
-    def _decay_before_adam(self, adam: torch.optim.Optimizer, *_: Any) -> None:
-        """Right before ``adam`` steps: the decay of masked weights becomes a part of the gradient (2by4)."""
-        for sparse, place, part in self._decaying(adam, "sr_ste"):
-            assert place.owner.grad is not None
-            gradient, weight = (tensor.detach().view(-1)[part] for tensor in (place.owner.grad, place.owner))
-            sparse.add_decay(gradient, weight, place.start, self._mask_decay)
-
-    def _decay_after_adam(self, adam: torch.optim.Optimizer, *_: Any) -> None:
-        """Right after it: masked weights decay as by an update of Adam's that its momentum has no part in (AST)."""
-        group = adam.param_groups[0]
-        for sparse, place, part in self._decaying(adam, "ast"):
-            state = adam.state[place.owner]
-            corrected = state["exp_avg_sq"].view(-1)[part] / (1 - group["betas"][1] ** state["step"].item())
-            rate, weight = group["lr"] * self._mask_decay, place.owner.detach().view(-1)[part]
-            sparse.decay_after_adam(weight, corrected, place.start, rate, group["eps"])
-
-    @property
-    def _mask_decay(self) -> float:
-        sparsity = self.recipe.sparsity.weights
-        return schedule.mask_decay(self.step_state.progress, sparsity) if sparsity else 0.0
-
-    def _decaying(self, adam: torch.optim.Optimizer, method: str) -> Iterator[tuple[SparseWeight, _Place, slice]]:
-        """The sparse weights that decay by ``method`` and that ``adam`` steps now: under ZeRO, a group at a time."""
-        sparsity = self.recipe.sparsity.weights
-        if sparsity is None or sparsity.method != method or self._mask_decay == 0:
-            return
-        stepping = {parameter for group in adam.param_groups for parameter in group["params"]}
-        for weight, sparse in self._sparse.items():
-            place = self._place_in_adam(weight)
-            if place is not None and place.owner in stepping:
-                yield sparse, place, slice(place.offset, place.offset + place.size)
-
     def _bf16_step(self) -> None:
         """BF16_Optimizer's step without its norm: gradients are clipped and known to be finite."""
         bf16 = self.optimizer
@@ -368,19 +297,17 @@ class Engine:
             parameter: Any = weight.tensor
             place = self._place_in_adam(parameter)
             if place is not None:
-                part = slice(place.offset, place.offset + place.size)
                 state = {
-                    name: value.detach().view(-1)[part]
+                    name: place.of(value)
                     for name, value in self.adam.state.get(place.owner, {}).items()
                     if torch.is_tensor(value) and value.shape == place.owner.shape
                 }
-                master = place.owner.detach().view(-1)[part]
-                yield Fragment(weight, place.start, master, self._fragment_gradient(parameter), state)
+                yield Fragment(weight, place.start, place.of(place.owner), self._fragment_gradient(parameter), state)
 
-    def _place_in_adam(self, parameter: Any) -> _Place | None:
+    def _place_in_adam(self, parameter: Any) -> PlaceInAdam | None:
         """Where AdamW holds this rank's part of a parameter; None where it has no part of it."""
         if self.recipe.parallel.zero_stage == 0:
-            return _Place(parameter, 0, 0, parameter.numel())
+            return PlaceInAdam(parameter, 0, 0, parameter.numel())
         link = parameter._hp_mapping
         if link is None:
             return None
@@ -390,7 +317,7 @@ class Engine:
             if self._partitioned
             else self.optimizer.fp32_groups_flat_partition
         )
-        return _Place(flat[group], there.start, link.lp_fragment_address.start, there.numel)
+        return PlaceInAdam(flat[group], there.start, link.lp_fragment_address.start, there.numel)
 
     def _fragment_gradient(self, parameter: Any) -> Tensor | None:
         if self.recipe.parallel.zero_stage == 0:

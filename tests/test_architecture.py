@@ -19,7 +19,7 @@ LEVELS = [
     {"ops"},
     {"layers", "sparsity"},
     {"model"},
-    {"engine", "data", "metrics", "flops", "checkpoint", "generate", "distillation"},
+    {"engine", "pruning", "data", "metrics", "flops", "checkpoint", "generate", "distillation"},
     {"processes"},
     {"train", "verify"},
     {"cli"},

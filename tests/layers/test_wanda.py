@@ -22,6 +22,10 @@ def engine_of(place: topology.Topology, **moe: Any) -> Engine:
     return Engine(recipe, place, *build_model(recipe, place, small.VOCAB))
 
 
+def forward(engine: Engine) -> None:
+    engine._forward_backward(small.batches(engine.recipe, 0), 1.0, forward_only=True)
+
+
 def test_root_mean_square_of_every_feature(single: topology.Topology) -> None:
     engine = engine_of(single)
     chunk: Any = engine.chunks[0]
@@ -40,7 +44,7 @@ def test_root_mean_square_of_every_feature(single: topology.Topology) -> None:
     compute = moe._compute
     moe._compute = lambda x, counts: rows.append((x, counts)) or compute(x, counts)  # type: ignore[method-assign, func-returns-value]
     engine.chunks.eval()
-    measure_inputs(engine.chunks, single, lambda: engine._run(small.batches(engine.recipe, 0)))
+    measure_inputs(engine.chunks, single, lambda: forward(engine))
 
     for linear in linears:
         x = torch.cat([x.flatten(0, 1) for x in seen[linear]]).double()
@@ -55,7 +59,7 @@ def test_root_mean_square_of_every_feature(single: topology.Topology) -> None:
             assert_close(moe.experts.sparsity[name].input_norm[expert], expected, 1e-5)  # type: ignore[index]
     assert moe.observe is None
     count = len(seen[linears[0]])
-    engine._run(small.batches(engine.recipe, 0))
+    forward(engine)
     assert len(seen[linears[0]]) == 2 * count
 
 
@@ -78,14 +82,14 @@ def test_an_expert_without_tokens_goes_by_magnitude(single: topology.Topology) -
         return output
 
     moe._compute = without_third  # type: ignore[method-assign]
-    measure_inputs(engine.chunks, single, lambda: engine._run(small.batches(engine.recipe, 0)))
+    measure_inputs(engine.chunks, single, lambda: forward(engine))
     assert (norms[3] == 1).all()
     assert (norms[4] != 1).any()
 
 
 def test_a_step_measures_when_weights_become_sparse(single: topology.Topology) -> None:
     engine = engine_of(single)
-    norms = [sparse.input_norm for sparse in engine._sparse.values()]
+    norms = [sparse.input_norm for sparse in engine.sparse_weights.of.values()]
     engine.train_step(small.batches(engine.recipe, 0), 0, 1e-3)
     first = [norm.clone() for norm in norms]
     assert all((norm != 1).any() for norm in first)
