@@ -32,12 +32,18 @@ from megasparse.ops.two_four import mvue_24, naive, prune_24, soft_threshold_24,
 
 INTERVAL = 40  # steps between masks
 VOCAB = 4096
+STEPS = 10_000  # of the run, of which the first few are taken
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "STE": {"method": "ste", "refresh_interval": INTERVAL},
     "SR-STE": {"method": "sr_ste", "mask": "row", "decay": 1e-4},
     "transposable SR-STE": {"method": "sr_ste", "decay": 1e-4},
     "S-STE": {"method": "s_ste"},
+    "S-STE + MVUE": {"method": "s_ste", "mvue": "exact"},
+    "ASP": {"method": "asp", "dense_start": 1e-6},
+    "AST": {"method": "ast", "decay": 1e-4, "score": "wanda", "refresh_interval": INTERVAL},
+    "AST + SLoRB": {"method": "ast", "decay": 1e-4, "score": "wanda", "boost": 16, "refresh_interval": INTERVAL},
+    "MdGf": {"method": "mdgf", "ramp": 0.5, "refresh_interval": INTERVAL},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "dense, GPT-2-like": {"ffn_hidden_size": 1536, "bias": "all", "activation": "gelu_tanh"},
@@ -99,7 +105,7 @@ def recipe_of(model: dict[str, Any], weights: dict[str, Any] | None) -> Recipe:
             "name": "two_four",
             "data": {"sets": [{"path": "unused"}], "seq_length": 256},
             "model": {**shape, **model},
-            "training": {"steps": 10_000, "global_batch_size": 16, "micro_batch_size": 8, "precision": "bf16"},
+            "training": {"steps": STEPS, "global_batch_size": 16, "micro_batch_size": 8, "precision": "bf16"},
             "sparsity": {"weights": weights},
         }
     )
