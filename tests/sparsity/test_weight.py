@@ -205,9 +205,8 @@ def test_a_part_that_cuts_a_block_is_refused() -> None:
         sparse(weight, method="ast", decay=0.1, boost=3)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said of a machine without CUDA")
 def test_what_the_log_says(single: topology.Topology) -> None:
-    weights = {"method": "sr_ste", "decay": 1e-3, "targets": ["mlp"]}
+    weights = {"method": "sr_ste", "decay": 1e-3, "targets": ["mlp"], "products": "masked"}
     recipe = small.recipe(moe={"layers": [0, 1]}, sparsity={"weights": weights})
     chunks, _ = build_model(recipe, single, small.VOCAB)
     first, linears, experts = notes(recipe, chunks)
@@ -215,12 +214,11 @@ def test_what_the_log_says(single: topology.Topology) -> None:
     assert linears.startswith(
         "2 linear layers: 2:4 products (masked): all dense; could run sparse on CUDA: forward, input"
     )
-    assert "on cpu" in linears
     assert experts == "experts: 2:4 products (masked): all dense"
     assert notes(small.recipe(), chunks) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels that a machine without CUDA has not")
-def test_kernels_that_are_not_here_are_refused() -> None:
-    with pytest.raises(ValueError, match="through the door semi_structured are asked for, but the weight is on cpu"):
+def test_kernels_that_cannot_run_are_refused() -> None:
+    """Without CUDA for want of it, with CUDA for float32."""
+    with pytest.raises(ValueError, match="through the door semi_structured are asked for, but "):
         sparse(gaussian(8, 16), method="ste", products="semi_structured")

@@ -394,7 +394,7 @@ def torchao_wheel() -> Path:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", f"torchao=={TORCHAO}", "-d", folder]
             result = subprocess.run(command, capture_output=True, text=True, timeout=200)
             if result.returncode:
-                pytest.skip(f"no wheel of torchao {TORCHAO} from the index: {result.stderr.strip()[-200:]}")
+                pytest.fail(f"no wheel of torchao {TORCHAO} from the index: {result.stderr.strip()[-200:]}")
             (wheel,) = Path(folder).glob("*.whl")
             os.replace(wheel, cache / wheel.name)
     return next(cache.glob(f"torchao-{TORCHAO}-*.whl"))
