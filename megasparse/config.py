@@ -467,6 +467,9 @@ class Training(Section):
     max_skipped_steps: PositiveInt = 10  # steps in a row skipped for a non-finite loss or norm before the run ends
     eval_interval: int = Field(default=0, ge=0)  # steps; 0: only at the end
     eval_tokens: PositiveInt = 100_000  # validation tokens at each interval (the end uses all)
+    eval_stride: PositiveInt | None = None
+    """Tokens that a window of the last evaluation scores: each has seq_length - eval_stride of context or more. None:
+    a quarter of seq_length, at four times the work of seq_length."""
     save_interval: int = Field(default=0, ge=0)  # steps; 0: only at the end
     keep_checkpoints: PositiveInt = 2  # the newest ones kept
     keep_every: int = Field(default=0, ge=0)  # steps; 0: none: checkpoints kept for good, a multiple of save_interval
@@ -561,6 +564,10 @@ class Recipe(Section):
             raise ValueError(
                 f"training.global_batch_size={training.global_batch_size} is not divisible by "
                 f"training.micro_batch_size={training.micro_batch_size}"
+            )
+        if training.eval_stride is not None and training.eval_stride > data.seq_length:
+            raise ValueError(
+                f"training.eval_stride={training.eval_stride} is more than data.seq_length={data.seq_length}: lower it"
             )
         if data.reset_position_ids and model.position_embedding != "learned":
             raise ValueError(

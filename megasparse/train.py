@@ -37,7 +37,6 @@ from megasparse.sparsity import weight as sparsity
 from megasparse.topology import Topology
 
 SAMPLE_TOKENS = 120
-FINAL_OVERLAP = 4  # the last evaluation's windows advance by seq_length / 4: each token has 3/4 of one as context
 
 
 def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: str | None = None) -> None:
@@ -205,7 +204,8 @@ def announce(log: MetricsLogger, recipe: Recipe, place: Topology, vocab_size: in
 def final_evaluation(engine: Engine, recipe: Recipe, place: Topology, log: MetricsLogger) -> dict[str, Any]:
     """Every held-out token scored once: nats per token, bits per byte, and what gzip -9 and xz need for the same."""
     log.say("evaluating on every held-out token")
-    windows = ValidationWindows(recipe.data, stride=max(1, recipe.data.seq_length // FINAL_OVERLAP))
+    stride = recipe.training.eval_stride or max(1, recipe.data.seq_length // 4)
+    windows = ValidationWindows(recipe.data, stride)
     nats, tokens = engine.evaluate(windows.batches(recipe.training.micro_batch_size, place.dp_rank, place.dp))
     size = windows.utf8_bytes()
     return {

@@ -49,7 +49,14 @@ def write_recipe(folder: Path, corpus: Path, **training: Any) -> Path:
             "hidden_dropout": 0.1,
             "moe": {"num_experts": 4, "ffn_hidden_size": 32, "jitter": 0.05, "bias_update_rate": 0.01},
         },
-        "training": {"steps": 12, "global_batch_size": 8, "micro_batch_size": 2, "save_interval": 4, **training},
+        "training": {
+            "steps": 12,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "save_interval": 4,
+            "eval_stride": 32,
+            **training,
+        },
         "logging": {"tensorboard": False, "wandb": "disabled"},
     }
     path = folder / "recipe.yaml"
@@ -228,7 +235,7 @@ def said_while_training(recipe: Path, overrides: list[str], run_dir: Path, *resu
     said: list[str] = []
     with (
         mock.patch.object(MetricsLogger, "say", lambda _, message: said.append(message)),
-        mock.patch.multiple("megasparse.train", SAMPLE_TOKENS=1, FINAL_OVERLAP=1),
+        mock.patch("megasparse.train.SAMPLE_TOKENS", 1),
     ):
         try:
             train(load_recipe(recipe, overrides), run_dir, *resume)

@@ -46,7 +46,7 @@ def run_of(recipe: Recipe, steps: int, decay: float | None) -> dict[str, Any]:
     raw["sparsity"]["weights"] = {"targets": weights.targets, "refresh_interval": interval, **masks, **changed}
     warmup = recipe.schedule.warmup_tokens
     raw["schedule"] = {"type": "constant", "warmup_tokens": min(warmup, steps * recipe.tokens_per_step)}
-    raw["training"].update(steps=steps, eval_interval=0, save_interval=0)
+    raw["training"].update(steps=steps, eval_interval=0, eval_stride=recipe.data.seq_length, save_interval=0)
     raw["logging"].update(wandb="disabled", tensorboard=False, log_interval=steps)
     return raw
 

@@ -10,17 +10,15 @@ its run stays in --runs and is not repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
+from runs import metrics_of
 
 SEQ, BATCH, BLOCK = 1024, 4, 16
 BUDGET = {"block_size": BLOCK, "local_blocks": 2, "sink_blocks": 1, "blocks": 8, "dense_start": 0.1}
@@ -57,20 +55,6 @@ def recipe(data: Path, sparse: dict[str, Any] | None, steps: int) -> dict[str, A
     }
 
 
-def train(folder: Path, data: Path, sparse: dict[str, Any] | None, steps: int, threads: int) -> list[dict[str, Any]]:
-    """The metrics of each step of a run, which is made where it is not there."""
-    if not (folder / "done").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "variant.yaml"
-        path.write_text(yaml.safe_dump(recipe(data, sparse, steps)))
-        command = [sys.executable, "-m", "megasparse", "train", str(path), "--run-dir", str(folder)]
-        with (folder / "log.txt").open("w") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        (folder / "done").touch()
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -82,7 +66,8 @@ def main() -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
 
     def run(name: str) -> list[dict[str, Any]]:
-        steps = train(options.runs / name, options.data.resolve(), VARIANTS[name], options.steps, threads)
+        raw = recipe(options.data.resolve(), VARIANTS[name], options.steps)
+        steps = metrics_of(options.runs / name, raw, threads)
         print(f"{name}: {steps[-1]['validation_loss']:.4f} nats/token", file=sys.stderr)
         return steps
 

@@ -10,30 +10,28 @@ process of its own, --jobs at a time; it stays in --runs and is not repeated, so
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
+from runs import metrics_of
 
-SEQ, BATCH, MASKS = 256, 16, 10
+SEQ, BATCH, MASKS = 256, 8, 10
 DECAY = {"gpt2": 1e-3, "moe": 1e-3}  # of SR-STE, by tools/find_decay.py
 AST_DECAY = 1e-4
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {
         **{"num_attention_heads": 4, "normalization": "LayerNorm", "activation": "gelu_tanh", "bias": "all"},
-        **{"position_embedding": "learned", "ffn_hidden_size": 768},
+        **{"position_embedding": "learned", "ffn_hidden_size": 512},
     },
     "moe": {
         **{"num_attention_heads": 4, "num_query_groups": 2, "qk_norm": "head"},
-        "moe": {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 256, "bias_update_rate": 0.005},
+        "moe": {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 192, "bias_update_rate": 0.005},
     },
 }
 EVERY = {"targets": ["."], "refresh_interval": MASKS}
@@ -63,20 +61,20 @@ VARIANTS = FROM_SCRATCH | FROM_DENSE
 
 
 def recipe(data: Path, model: str, variant: str, seed: int, steps: int, dense: Path) -> dict[str, Any]:
-    """Four layers of 192; ``dense``: the checkpoint of the dense run that the last variants go on from."""
+    """Four layers of 128; ``dense``: the checkpoint of the dense run that the last variants go on from."""
     parts = VARIANTS[variant]
     weights = dict(parts["weights"])
     if weights["method"] == "sr_ste":
         weights["decay"] = DECAY[model]
     training: dict[str, Any] = {"fp8": parts["fp8"]} if "fp8" in parts else {}
-    rate = 2e-3
+    rate = 3e-3
     if variant in FROM_DENSE:
-        steps, rate = steps // 2, 1e-3
+        steps, rate = steps // 2, 1.5e-3
         training["initial_checkpoint"] = str(dense)
         seed += 1000  # other batches than the dense run's
         if "teacher" in parts:
             training["teacher"] = {"checkpoint": str(dense), **parts["teacher"]}
-    shape = {"num_layers": 4, "hidden_size": 192, "tie_embeddings": True, "init_std": 0.06}
+    shape = {"num_layers": 4, "hidden_size": 128, "tie_embeddings": True, "init_std": 0.06}
     return {
         "name": "sparse_training",
         "data": {"sets": [{"path": str(data)}], "seq_length": SEQ},
@@ -86,24 +84,10 @@ def recipe(data: Path, model: str, variant: str, seed: int, steps: int, dense: P
         "schedule": {"type": "cosine", "warmup_tokens": steps // 20 * SEQ * BATCH, "min_lr_ratio": 0.05},
         "training": {
             **{"steps": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH, "precision": "bf16"},
-            **{"seed": seed, **training},
+            **{"eval_stride": SEQ, "seed": seed, **training},
         },
         "logging": {"log_interval": 50, "wandb": "disabled", "tensorboard": False},
     }
-
-
-def train(folder: Path, raw: dict[str, Any], threads: int) -> list[dict[str, Any]]:
-    """The metrics of each step of a run, which is made where it is not there."""
-    if not (folder / "done").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "variant.yaml"
-        path.write_text(yaml.safe_dump(raw))
-        command = [sys.executable, "-m", "megasparse", "train", str(path), "--run-dir", str(folder)]
-        with (folder / "log.txt").open("w") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        (folder / "done").touch()
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 Runs = dict[str, list[list[dict[str, Any]]]]  # by variant, of each seed, of each step
@@ -149,7 +133,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the CPUs")
     parser.add_argument("--runs", type=Path, default=Path("runs/sparse_training"))
     options = parser.parse_args()
@@ -159,7 +143,7 @@ def main() -> None:
         folder = options.runs / f"{model}-{options.steps}" / str(seed)
         dense = (folder / "dense/checkpoints" / f"step_{options.steps}").resolve()
         raw = recipe(options.data.resolve(), model, variant, seed, options.steps, dense)
-        steps = train(folder / variant.replace(" ", "_"), raw, threads)
+        steps = metrics_of(folder / variant.replace(" ", "_"), raw, threads)
         print(f"{model}, {variant}, seed {seed}: {steps[-1]['validation_loss']:.4f} nats/token", file=sys.stderr)
         return steps
 
