@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from runs import metrics_of
+from training_runs import metrics_of
 
 SEQ, BATCH, BLOCK = 1024, 4, 16
 BUDGET = {"block_size": BLOCK, "local_blocks": 2, "sink_blocks": 1, "blocks": 8, "dense_start": 0.1}
