@@ -31,7 +31,8 @@ from megasparse.data.loader import Batch
 from megasparse.distillation import Teacher
 from megasparse.layers import fp8
 from megasparse.layers.step import StepState, attention_observations, auxiliary_losses
-from megasparse.model import GPTModel, Weight, local_weights, moe_layers
+from megasparse.model import GPTModel, moe_layers
+from megasparse.placement import Weight, local_weights
 from megasparse.pruning import PlaceInAdam, SparseWeights
 from megasparse.sparsity.weight import Refresh
 from megasparse.topology import MegatronMPU, Topology

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "megasparse"
 LEVELS = [
     {"ops"},
     {"layers", "sparsity"},
-    {"model"},
+    {"model", "placement"},
     {"engine", "pruning", "data", "metrics", "flops", "checkpoint", "generate", "distillation"},
     {"processes"},
     {"train", "verify"},

@@ -15,7 +15,8 @@ from megasparse.config import Recipe
 from megasparse.data.loader import Batch
 from megasparse.engine import Engine
 from megasparse.generate import generate
-from megasparse.model import build_model, local_weights
+from megasparse.model import build_model
+from megasparse.placement import local_weights
 from tests import oracle, small
 from tests.helpers import assert_close, run_distributed
 

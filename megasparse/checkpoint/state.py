@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from megasparse import platform
 from megasparse.engine import Engine
-from megasparse.model import Weight, blocks, local_buffers, local_weights
+from megasparse.placement import Weight, blocks, local_buffers, local_weights
 from megasparse.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

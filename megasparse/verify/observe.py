@@ -15,8 +15,9 @@ from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch, make_batch
 from megasparse.engine import Engine
 from megasparse.layers.block_sparse import BlockSparseAttention
-from megasparse.model import blocks, build_model, local_buffers, local_weights, moe_layers
+from megasparse.model import build_model, moe_layers
 from megasparse.ops.block_sparse import BlockMask
+from megasparse.placement import blocks, local_buffers, local_weights
 
 Parts = list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]  # name, shape of the whole, offsets, a rectangle
 

@@ -14,8 +14,9 @@ from megasparse.config import Fp8, Recipe
 from megasparse.engine import Engine
 from megasparse.layers.fp8 import Fp8Scales, end_step, fp8_scales
 from megasparse.layers.step import StepState
-from megasparse.model import build_model, local_buffers
+from megasparse.model import build_model
 from megasparse.ops.fp8.linear import DY, WEIGHT, X
+from megasparse.placement import local_buffers
 from tests import small
 from tests.helpers import assert_close, run_distributed
 

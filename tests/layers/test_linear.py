@@ -9,8 +9,9 @@ import torch
 
 from megasparse import topology
 from megasparse.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megasparse.model import build_model, local_weights
+from megasparse.model import build_model
 from megasparse.ops.fp8 import fp8_linear
+from megasparse.placement import local_weights
 from megasparse.sparsity.weight import sparse_weights
 from tests import small
 from tests.helpers import assert_close

@@ -44,7 +44,8 @@ from megasparse.checkpoint.state import finish_loading, numbers
 from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch
 from megasparse.engine import Engine
-from megasparse.model import build_model, local_weights
+from megasparse.model import build_model
+from megasparse.placement import local_weights
 from megasparse.processes import Workers
 from megasparse.topology import check_layout
 

@@ -246,7 +246,8 @@ def megatron_model(recipe: Recipe, groups: Topology, dispatcher: str) -> nn.Modu
 
 def our_weights(recipe: Recipe) -> dict[str, Tensor]:
     """The first weights of ours, by name."""
-    from megasparse.model import build_model, local_weights
+    from megasparse.model import build_model
+    from megasparse.placement import local_weights
 
     groups = topology.initialize(seed=recipe.training.seed)
     assert recipe.model.vocab_size is not None
