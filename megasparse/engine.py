@@ -29,9 +29,10 @@ from megasparse import platform
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
 from megasparse.distillation import Teacher
-from megasparse.layers import fp8
+from megasparse.layers import apex, fp8
 from megasparse.layers.step import StepState, attention_observations, auxiliary_losses
 from megasparse.model import GPTModel, moe_layers
+from megasparse.optimizer import adamw, bf16_optimizer
 from megasparse.placement import Weight, local_weights
 from megasparse.pruning import PlaceInAdam, SparseWeights
 from megasparse.sparsity.weight import Refresh
@@ -88,13 +89,7 @@ class Engine:
         self.config: Any = chunks[0].config
         if recipe.training.precision == "fp16":
             platform.allow_fp16()
-        self.adam = torch.optim.AdamW(
-            parameter_groups(chunks, recipe.optimizer.weight_decay),
-            lr=recipe.optimizer.lr,
-            betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
-            eps=recipe.optimizer.eps,
-            fused=True,
-        )
+        self.adam = adamw(recipe, chunks)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory readings
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
                 model=chunks,
@@ -107,6 +102,8 @@ class Engine:
             self.optimizer.scaled_global_norm = self._scaled_global_norm
         elif bf16_optimizer(recipe):
             self.optimizer.step = self._bf16_step
+            if apex.gradients_missing() is None:
+                apex.add_gradients_in_place(chunks, self._bf16_gradients())
         self.config.finalize_model_grads_func = self._finalize_gradients
         if recipe.training.precision == "fp16":
             self.config.grad_scale_func = lambda loss: loss * self.optimizer.loss_scale
@@ -275,6 +272,14 @@ class Engine:
             self.optimizer.zero_grad()
         self.chunks.zero_grad()
 
+    def _bf16_gradients(self) -> dict[Tensor, Tensor]:
+        """Where BF16_Optimizer sums each weight's gradient, from now on and not only from its first one on."""
+        sums = {}
+        for weights, gradients in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True):
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight._hp_grad = sums[weight] = gradient
+        return sums
+
     def _bf16_step(self) -> None:
         """BF16_Optimizer's step without its norm: gradients are clipped and known to be finite."""
         bf16 = self.optimizer
@@ -422,28 +427,6 @@ class _Statistics:
     attention: dict[str, float]
     sparsity: dict[str, float]
     distillation: dict[str, float]
-
-
-def parameter_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: decayed matrices and undecayed vectors; experts apart, as DeepSpeed reduces them elsewhere."""
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    parameter: Any
-    for parameter in chunks.parameters():
-        decayed, expert = parameter.dim() > 1, not getattr(parameter, "allreduce", True)
-        if (decayed, expert) not in groups:
-            moe = {"moe": True, "name": parameter.group_name} if expert else {}
-            groups[decayed, expert] = {"params": [], "weight_decay": weight_decay if decayed else 0.0, **moe}
-        groups[decayed, expert]["params"].append(parameter)
-    return list(groups.values())
-
-
-def bf16_optimizer(recipe: Recipe) -> bool:
-    """Is it DeepSpeed's BF16_Optimizer that steps, its ZeRO-1 for bf16, and not the one for the other precisions?"""
-    return (
-        recipe.training.precision == "bf16"
-        and recipe.parallel.zero_stage == 1
-        and not recipe.parallel.offload_optimizer
-    )
 
 
 def deepspeed_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from megasparse.config import Recipe
 from megasparse.data.loader import zigzag
 from megasparse.layers.attention import CoreAttention
 from megasparse.layers.cache import KeyValueCache, Position
+from megasparse.layers.linear import fp8_sparse_products
 from megasparse.layers.rope import RotaryEmbedding
 from megasparse.model import GPTModel
 from megasparse.topology import Topology
@@ -33,17 +34,20 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stop: int | None = None,
+    fp8_sparse: bool = False,
 ) -> list[int]:
     """Continue ``prompt``: the new tokens, up to and without ``stop``. Temperature 0 is greedy.
 
     Keys and values of the tokens before are kept; under context parallelism, and where there are more tokens than
     data.seq_length, of which the last are seen, each token costs a forward pass over all of them. Every rank calls it
-    and gets the same tokens.
+    and gets the same tokens. ``fp8_sparse``: 2:4 linear layers multiply by torchao's FP8 2:4 kernel, on a Hopper GPU;
+    ValueError, with the reason, where it does not run.
     """
     chunks.eval()
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
-    with key_value_caches(chunks, topology) as position:
+    products = fp8_sparse_products(chunks) if fp8_sparse else contextlib.nullcontext()
+    with products, key_value_caches(chunks, topology) as position:
         for _ in range(max_new_tokens):
             window = tokens[-recipe.data.seq_length :]
             logits = next_token_logits(chunks, recipe, topology, window, position.start)

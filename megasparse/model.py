@@ -187,7 +187,7 @@ def transformer_config(recipe: Recipe, topology: Topology) -> TransformerConfig:
         apply_rope_fusion=False,
         bias_dropout_fusion=cuda,
         bias_activation_fusion=cuda and model.activation == "swiglu",
-        **(te.checked_fields(recipe) if te.trains(recipe) else {}),
+        **(te.checked_fields(recipe, topology.tp, topology.cp) if te.trains(recipe) else {}),
     )
     if model.position_embedding == "rope" and attention_factor(model.rope) != 1.0:
         _set_rotary_scale(config, attention_factor(model.rope))
@@ -209,13 +209,13 @@ def layer_spec(recipe: Recipe, index: int, topology: Topology, state: StepState)
     """The transformer layer ``index`` (from 0)."""
     model, linears = recipe.model, Linears(recipe, index, state, topology)
     post = model.norm_placement == "post"
-    input_norm = IdentityOp if post else norm_of(model)
+    norm = norm_of(model)
     attention = ModuleSpec(
         module=_self_attention(model, index, post),
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=linears.column("self_attention.linear_qkv"),
-            core_attention=_core_attention(model, index, topology, state),
+            core_attention=_core_attention(recipe, index, topology, state),
             linear_proj=linears.row("self_attention.linear_proj"),
             q_layernorm=_qk_norm(model, model.num_attention_heads),
             k_layernorm=_qk_norm(model, model.kv_heads),
@@ -241,10 +241,10 @@ def layer_spec(recipe: Recipe, index: int, topology: Topology, state: StepState)
         module=NumberedTransformerLayer,
         params={"state": state},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=input_norm,
+            input_layernorm=IdentityOp if post or linears.has_norm("self_attention.linear_qkv") else norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=input_norm,
+            pre_mlp_layernorm=IdentityOp if post or linears.has_norm("mlp.linear_fc1") else norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
@@ -261,10 +261,19 @@ class Linears:
     topology: Topology
 
     def column(self, name: str) -> Any:
-        return te.layers().column if self._by_te(name) else self._linear(name, ColumnParallelLinear)
+        if self._by_te(name):
+            return te.layers().norm_column if self.has_norm(name) else te.layers().column
+        return self._linear(name, ColumnParallelLinear)
 
     def row(self, name: str) -> Any:
         return te.layers().row if self._by_te(name) else self._linear(name, RowParallelLinear)
+
+    def has_norm(self, name: str) -> bool:
+        """Is the norm before this layer a part of it, as Transformer Engine has it?"""
+        model = self.recipe.model
+        nsa = model.sparse_layers[self.index] and model.sparse_attention and model.sparse_attention.selector == "nsa"
+        before = ["mlp.linear_fc1"] + (["self_attention.linear_qkv"] if not nsa else [])  # NSA projects the normed, too
+        return name in before and model.norm_placement == "pre" and self._by_te(name)
 
     def mlp(self, name: str) -> MLPSubmodules:
         return MLPSubmodules(linear_fc1=self.column(f"{name}.linear_fc1"), linear_fc2=self.row(f"{name}.linear_fc2"))
@@ -299,9 +308,14 @@ def _self_attention(model: Model, index: int, post: bool) -> type:
     return PostNormSelfAttention if post else SelfAttention
 
 
-def _core_attention(model: Model, index: int, topology: Topology, state: StepState) -> Any:
+def _core_attention(recipe: Recipe, index: int, topology: Topology, state: StepState) -> Any:
+    model = recipe.model
     if not model.sparse_layers[index] or model.sparse_attention is None:
-        return CoreAttention
+        if te.attention_missing(recipe) is not None:
+            return CoreAttention
+        heads = (model.num_attention_heads // topology.tp, model.kv_heads // topology.tp)
+        fused = te.attention(*heads, model.head_size, 1 / math.sqrt(model.head_size))
+        return ModuleSpec(module=CoreAttention, params={"fused": fused})
     params = {
         **{"sparse": model.sparse_attention, "state": state},
         **{"tp_rank": topology.tp_rank, "kv_heads": model.kv_heads, "num_sparse_layers": sum(model.sparse_layers)},

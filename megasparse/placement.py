@@ -92,11 +92,14 @@ def local_buffers(chunks: nn.ModuleList, topology: Topology) -> Iterator[Weight]
                     yield Weight(_global_name(chunk, full), buffer, *_place_beside(buffer, module, topology))
 
 
+NORMS_OF_TE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # their rows are padded to a multiple of tp
 
 
 def _global_name(chunk: Any, name: str) -> str:
-    """Layers counted from 0 over all pipeline stages."""
+    """Layers counted from 0 over all pipeline stages; a norm that is a part of the layer after it has its own name."""
+    for of_te, ours in NORMS_OF_TE.items():
+        name = name.replace(f"{of_te}.layer_norm_", f"{ours}.")
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)

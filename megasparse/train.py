@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse import platform, topology
+from megasparse import hopper, platform, topology
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.load import check_resumable, load
 from megasparse.checkpoint.save import Saver
@@ -70,7 +70,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
         write_environment(run_dir, recipe, {name: source.identity for name, source in sources.items() if source})
     log = MetricsLogger(run_dir, recipe, first_step + 1, place.rank)
     announce(log, recipe, place, vocab_size, checkpoint)
-    for note in [*topology.notes(recipe), *sparsity.notes(recipe, chunks)]:
+    for note in [*topology.notes(recipe), *sparsity.notes(recipe, chunks), *hopper.notes(recipe)]:
         log.say(note)
     if initial:
         log.say(about_initial(recipe, initial, fresh))

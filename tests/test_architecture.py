@@ -19,7 +19,7 @@ LEVELS = [
     {"ops"},
     {"layers", "sparsity"},
     {"model", "placement"},
-    {"engine", "pruning", "data", "metrics", "flops", "checkpoint", "generate", "distillation"},
+    {"engine", "optimizer", "hopper", "pruning", "data", "metrics", "flops", "checkpoint", "generate", "distillation"},
     {"processes"},
     {"train", "verify"},
     {"cli"},
@@ -32,7 +32,7 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Where a library may be imported, as regular expressions on the path below megasparse/.
 ONLY_IN = {
     # The expert layer, and platform.py for the accelerator's word on fp16.
-    "deepspeed": r"engine\.py|topology\.py|platform\.py|checkpoint/.*|layers/moe\.py",
+    "deepspeed": r"engine\.py|optimizer\.py|topology\.py|platform\.py|checkpoint/.*|layers/moe\.py",
     "triton": r"ops/.*",
     "transformer_engine": r"layers/[a-z0-9_]+\.py",
 }

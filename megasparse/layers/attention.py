@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,9 @@ class CoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        fused: Callable[..., Tensor] | None = None,
     ) -> None:
+        """``fused``: te.attention, for what it can do."""
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal
         self.context_parallel = config.context_parallel_size
@@ -58,6 +61,7 @@ class CoreAttention(MegatronModule):
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.query_block_size = 1  # queries that share what they attend to
         self.cache: KeyValueCache | None = None  # while text is generated
+        self.fused = (fused,)  # in a tuple: it is a module, of which this one's state has nothing
         # Tensor-parallel ranks have other heads, so other masks; with sequence parallelism mcore forks for the block.
         self.forks = self.dropout > 0 and config.tensor_model_parallel_size > 1 and not config.sequence_parallel
 
@@ -106,6 +110,11 @@ class CoreAttention(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, part: Part) -> Tensor:
         """query [batch, heads, n, head_dim], key and value [batch, kv_heads, keys, head_dim] -> like query."""
         mask: Any = None
+        (fused,) = self.fused
+        if fused is not None and part.document_ids is None and self.cache is None:
+            kind = "causal_bottom_right" if part.start > 0 else "causal"
+            output = fused(*(x.permute(2, 0, 1, 3) for x in (query, key, value)), attn_mask_type=kind)
+            return output.unflatten(-1, (-1, self.config.kv_channels)).permute(1, 2, 0, 3)
         if part.document_ids is not None:
             mask = document_mask(part.document_ids)[:, :, part.start :]
         elif part.start > 0:

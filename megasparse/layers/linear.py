@@ -6,11 +6,13 @@ FP8 quantises what is multiplied: the 2:4 weight, whole sequences, and the estim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn as nn
 from megatron.core.tensor_parallel import layers as megatron
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -23,7 +25,7 @@ from megasparse.config import Fp8, WeightSparsity
 from megasparse.layers.fp8 import Fp8Scales
 from megasparse.layers.step import StepState
 from megasparse.ops.fp8 import fp8_linear
-from megasparse.ops.two_four.matmul import linear_24
+from megasparse.ops.two_four.matmul import Fp8Operand, fp8_linear_24, linear_24, prepare_fp8
 from megasparse.sparsity.gradient import GradientEstimate
 from megasparse.sparsity.weight import SparseWeight
 
@@ -52,8 +54,28 @@ class Product:
     fp8: Fp8 | None = None
 
 
+@contextlib.contextmanager
+def fp8_sparse_products(module: nn.Module) -> Iterator[None]:
+    """Within it, 2:4 linear layers multiply by torchao's FP8 2:4 kernel, without gradients; weights do not change.
+
+    ValueError where it does not run, or a weight does not fit it or is not 2:4; nothing has changed then."""
+    layers = [layer for layer in module.modules() if isinstance(layer, (ColumnParallelLinear, RowParallelLinear))]
+    sparse = [layer for layer in layers if layer.sparsity is not None]
+    with torch.no_grad():
+        operands = [prepare_fp8(layer.sparsity(layer.weight)) for layer in sparse]  # type: ignore[misc]
+    for layer, operand in zip(sparse, operands, strict=True):
+        layer.inference = operand
+    try:
+        yield
+    finally:
+        for layer in sparse:
+            layer.inference = None
+
+
 class ColumnParallelLinear(megatron.ColumnParallelLinear):
     """[seq, batch, in] -> [seq, batch, out / tp]."""
+
+    inference: Fp8Operand | None = None
 
     def __init__(self, *args: Any, product: Product, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -65,6 +87,8 @@ class ColumnParallelLinear(megatron.ColumnParallelLinear):
 
 class RowParallelLinear(megatron.RowParallelLinear):
     """[seq, batch, in / tp] -> [seq, batch, out]."""
+
+    inference: Fp8Operand | None = None
 
     def __init__(self, *args: Any, product: Product, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -96,6 +120,11 @@ def _product(
 ) -> Tensor:
     """x times the weight: by mcore's product, ``dense``, but in FP8, where the weight's gradient is an estimate, and by
     2:4 kernels."""
+    if layer.inference is not None:
+        if kwargs["sequence_parallel"]:
+            x = gather_from_sequence_parallel_region(x, group=kwargs["tp_group"])
+        y = fp8_linear_24(x, layer.inference)
+        return y if kwargs["bias"] is None else y + kwargs["bias"]
     sparsity = layer.sparsity
     weight = weight if sparsity is None else sparsity(weight)
     estimate = layer.estimate.of_these_tokens() if layer.estimate is not None and torch.is_grad_enabled() else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from deepspeed.checkpoint.autoep_affine import (
     autoep_experts_for_rank,
     autoep_placement_to_affine_map,
@@ -39,6 +40,7 @@ from megasparse.layers.router import Router
 from megasparse.layers.step import StepState
 from megasparse.ops import experts as ops
 from megasparse.ops.fp8 import fp8_grouped_swiglu
+from megasparse.ops.two_four.matmul import expert_door, linear_24
 from megasparse.sparsity.weight import SparseWeight
 from megasparse.topology import Topology
 
@@ -149,7 +151,35 @@ class MoELayer(AutoEPMoELayer):
             scales: Any = weights.fp8
             scaling = [tuple(scales[name].scaling(expert) for name in WEIGHTS) for expert in range(len(counts))]
             return fp8_grouped_swiglu(rows, counts, w1, w2, w3, scaling)  # type: ignore[arg-type]
+        if any(sparse.door_now != "masked" for sparse in sparsity.values()):  # type: ignore[union-attr]
+            return self._sparse_products(rows, counts, w1, w2, w3)
         return ops.grouped_swiglu(rows, counts, w1, w2, w3)
+
+    def _sparse_products(self, rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        """As grouped_swiglu. Experts with many rows multiply by 2:4 kernels, each by itself; the others together."""
+        sparsity: Any = self.experts.sparsity
+        sizes = counts.tolist()
+        alone = [expert_door(size, "semi_structured") != "masked" for size in sizes]
+        parts = rows.split(sizes)
+        others = [part for part, apart in zip(parts, alone, strict=True) if not apart]
+        few = counts * ~torch.tensor(alone, device=counts.device)
+        together = ops.grouped_swiglu(torch.cat(others), few, w1, w2, w3).split(few.tolist()) if others else ()
+        weights = {"w1": w1.unbind(), "w2": w2.unbind(), "w3": w3.unbind()}
+
+        def product(name: str, expert: int, x: Tensor) -> Tensor:
+            weight = weights[name][expert]
+            if name not in sparsity or sparsity[name].door_now == "masked":
+                return x @ weight.t()
+            return linear_24(x, weight, sparsity[name].prepared(weight, expert))
+
+        outputs = []
+        for expert, (part, apart) in enumerate(zip(parts, alone, strict=True)):
+            if apart:
+                hidden = F.silu(product("w1", expert, part)) * product("w3", expert, part)
+                outputs.append(product("w2", expert, hidden))
+            else:
+                outputs.append(together[expert])
+        return torch.cat(outputs)
 
     def _describe_experts(self) -> None:
         """What DeepSpeed must know of the expert weights: they are averaged over the expert-data-parallel group,

@@ -10,13 +10,21 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
+from megasparse.layers import apex
+
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019)."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.fused: Any = apex.norms()
         mark_tensor_parallel_partial(self, config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused is None:
+            return super().forward(x)
+        return self.fused.fused_rms_norm_affine(x, self.weight, self.normalized_shape, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -24,7 +32,13 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.fused: Any = apex.norms()
         mark_tensor_parallel_partial(self, config.sequence_parallel)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.fused is None:
+            return super().forward(input)
+        return self.fused.fused_layer_norm_affine(input, self.weight, self.bias, self.normalized_shape, self.eps)
 
 
 class HeadRMSNorm(RMSNorm):

@@ -7,8 +7,11 @@ stay out of it, wherever they are: so model.py keeps single layers, of any part 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from torch import Tensor
 
 from megasparse import platform
 from megasparse.config import Recipe
@@ -25,10 +28,6 @@ class Layers:
     column: type  # ColumnParallelLinear
     norm_column: type  # the norm and the ColumnParallelLinear after it; the slot of the norm becomes IdentityOp
     row: type  # RowParallelLinear
-    grouped_column: type  # the same of all local experts
-    grouped_row: type
-    norm: type
-    attention: type  # causal, of dense layers; it does not read the document ids that CoreAttention takes as its mask
 
 
 def missing(recipe: Fp8Recipe | None = None) -> str | None:
@@ -54,23 +53,41 @@ def layers() -> Layers:
     if reason is not None:
         raise ValueError(f"Transformer Engine's layers are asked for, but {reason}")
     from megatron.core.extensions.transformer_engine import (
-        TEColumnParallelGroupedLinear,
         TEColumnParallelLinear,
-        TEDotProductAttention,
         TELayerNormColumnParallelLinear,
-        TENorm,
-        TERowParallelGroupedLinear,
         TERowParallelLinear,
     )
 
-    return Layers(
-        column=TEColumnParallelLinear,
-        norm_column=TELayerNormColumnParallelLinear,
-        row=TERowParallelLinear,
-        grouped_column=TEColumnParallelGroupedLinear,  # type: ignore[arg-type]  # None before TE 1.9
-        grouped_row=TERowParallelGroupedLinear,  # type: ignore[arg-type]
-        norm=TENorm,
-        attention=TEDotProductAttention,
+    return Layers(TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear)
+
+
+def attention_missing(recipe: Recipe) -> str | None:
+    """What keeps its fused attention from dense layers of this recipe; None if nothing does."""
+    if (reason := missing()) is not None:
+        return reason
+    if recipe.training.precision == "fp32":
+        return "it takes float16 and bfloat16, not training.precision=fp32"
+    if recipe.data.document_mask:
+        return "it would not see documents' ends (data.document_mask=true)"
+    return "its dropout would follow the ranks" if recipe.model.attention_dropout > 0 else None
+
+
+def attention(heads: int, kv_heads: int, head_dim: int, scale: float) -> Callable[..., Tensor]:
+    """Fused causal attention, of no weights, for so many heads of this process, where it is not ``attention_missing``.
+
+    query [seq, batch, heads, head_dim], key and value [keys, batch, kv_heads, head_dim] and ``attn_mask_type``,
+    "causal" or, of queries at the end of the keys, "causal_bottom_right" -> [seq, batch, heads * head_dim].
+    """
+    import transformer_engine.pytorch as te  # type: ignore[import-not-found]
+
+    return te.DotProductAttention(  # type: ignore[no-any-return]
+        num_attention_heads=heads,
+        kv_channels=head_dim,
+        num_gqa_groups=kv_heads,
+        attention_dropout=0.0,
+        qkv_format="sbhd",
+        attn_mask_type="causal",
+        softmax_scale=scale,
     )
 
 
@@ -79,9 +96,9 @@ def trains(recipe: Recipe) -> bool:
     return recipe.training.fp8 is not None and platform.has_cuda() and not recipe.training.fp8.emulate
 
 
-def checked_fields(recipe: Recipe) -> dict[str, Any]:
-    """``fp8_fields`` of a recipe that TE trains here. ValueError, with the reason and what to do, where it cannot do
-    what the recipe asks for."""
+def checked_fields(recipe: Recipe, tp: int, cp: int) -> dict[str, Any]:
+    """``fp8_fields`` of a recipe that TE trains here, split over tp x cp. ValueError, with the reason and what to do,
+    where it cannot do what the recipe asks for."""
     fp8, weights = recipe.training.fp8, recipe.fp8_weights
     assert fp8 is not None
     reason, cure = missing(fp8.recipe), "set emulate=true"
@@ -95,9 +112,31 @@ def checked_fields(recipe: Recipe) -> dict[str, Any]:
     if reason is None and any(".mlp.experts." in name for name in weights):
         reason = "the experts' weights are one tensor for all, Transformer Engine's grouped linear has one for each"
         cure = "set experts=false or emulate=true"
+    if reason is None and (reason := _misfit(recipe, tp, cp)) is not None:
+        cure = "change the size or the number of ranks that share it, or set emulate=true"
     if reason is not None:
         raise ValueError(f"training.fp8.recipe={fp8.recipe} on a GPU: {reason}; {cure}")
     return fp8_fields(fp8.recipe, fp8.gradients)
+
+
+def _misfit(recipe: Recipe, tp: int, cp: int) -> str | None:
+    """What TE's assert_dim_for_fp8_exec would refuse of a process's products: rows of no multiple of 8, columns of 16."""
+    model, training = recipe.model, recipe.training
+    heads = model.num_attention_heads + 2 * model.kv_heads
+    sizes = [
+        ("model.hidden_size", model.hidden_size, 16),
+        ("the heads' width", model.num_attention_heads * model.head_size // tp, 16),
+        ("the width of queries, keys and values", heads * model.head_size // tp, 16),
+        ("micro_batch_size * seq_length", training.micro_batch_size * recipe.data.seq_length // cp, 8),
+    ]
+    if any(".mlp.linear" in name for name in recipe.fp8_weights):
+        sizes.append(("model.ffn_hidden_size", model.ffn_size // tp, 16))
+    if any(".shared_experts." in name for name in recipe.fp8_weights) and model.moe is not None:
+        sizes.append(("model.moe.shared_expert_ffn_hidden_size", model.moe.shared_expert_ffn_hidden_size // tp, 16))
+    for what, size, of in sizes:
+        if size % of:
+            return f"a process has {size} of {what}, no multiple of {of}"
+    return None
 
 
 def fp8_fields(

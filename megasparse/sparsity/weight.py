@@ -15,7 +15,7 @@ from torch import Tensor
 from megasparse import platform, schedule
 from megasparse.config import Recipe, WeightSparsity
 from megasparse.ops import two_four
-from megasparse.ops.two_four.matmul import Door, Operands, choose, prepare, products
+from megasparse.ops.two_four.matmul import MIN_EXPERT_TOKENS, Door, Operands, choose, prepare, products
 
 SPLIT = ("allreduce", "group_name", "tensor_model_parallel", "partition_dim", "partition_stride")  # how a weight is
 
@@ -68,7 +68,7 @@ class SparseWeight(nn.Module):
         self.product: Tensor | None = None  # what a step's micro-batches multiply by, once the first has made it
         self.masked = 0.0  # the share of a masked weight that is left in the product
         self.boosted = False  # does the boost learn?
-        self.operands: Operands | None = None  # the product as its kernels take it
+        self.operands: dict[int | None, Operands] = {}  # the product as its kernels take it, of experts by number
         self.door: Door
         self.door, self.why_masked = choose(
             sparsity.products, weight.shape, weight.dtype, platform.device(), sparsity.transposable
@@ -107,17 +107,20 @@ class SparseWeight(nn.Module):
             _groups(product, self.boost).add_(self.boost.unsqueeze(-1))
         return product
 
-    def prepared(self, product: Tensor) -> Operands:
-        """What ``forward`` returned, as the kernels of this weight's door take it; once a step. Where it is not 2:4,
-        and outside of training, the masked door's."""
-        if self.operands is None:
-            is_24 = self.boosted and not self.masked and self.boost is None and self.sparsity.pattern == "2:4"
-            door = self.door if self.in_step and is_24 else "masked"
-            operands = prepare(product, door, self.sparsity.transposable)
+    @property
+    def door_now(self) -> Door:
+        """Where the product is not 2:4, and outside of training, the masked one."""
+        is_24 = self.boosted and not self.masked and self.boost is None and self.sparsity.pattern == "2:4"
+        return self.door if self.in_step and is_24 else "masked"
+
+    def prepared(self, product: Tensor, expert: int | None = None) -> Operands:
+        """What ``forward`` returned, or an expert's part of it, as the kernels of ``door_now`` take it; once a step."""
+        if expert not in self.operands:
+            operands = prepare(product, self.door_now, self.sparsity.transposable)
             if not self.in_step:
                 return operands
-            self.operands = operands
-        return self.operands
+            self.operands[expert] = operands
+        return self.operands[expert]
 
     # When masks change -----------------------------------------------------------------------------------------------
 
@@ -131,7 +134,7 @@ class SparseWeight(nn.Module):
         """Before step ``step`` (from 0) of ``steps``: a new mask if one is due. Every rank of tp_group calls it. Until
         ``end_step``, the weight is taken not to change."""
         progress, first = (step + 1) / steps, self.becomes_sparse(step, steps)
-        self.in_step, self.product, self.operands = True, None, None
+        self.in_step, self.product, self.operands = True, None, {}
         self.masked = schedule.masked_share(progress, self.sparsity)
         self.boosted = schedule.weights_are_sparse(progress, self.sparsity)
         if not schedule.weights_are_sparse(progress, self.sparsity):
@@ -151,7 +154,7 @@ class SparseWeight(nn.Module):
         return flips
 
     def end_step(self) -> None:
-        self.in_step, self.product, self.operands = False, None, None
+        self.in_step, self.product, self.operands = False, None, {}
 
     def _mask(self, weight: Tensor, progress: float) -> Tensor:
         score = weight
@@ -200,13 +203,16 @@ def notes(recipe: Recipe, chunks: nn.Module) -> list[str]:
         f"sparsity.weights: {len(recipe.sparse_weights)} of {len(recipe.model.linear_weights)} weights of linear "
         f"layers and experts, {sparsity.pattern}, {sparsity.method}, {kind}"
     ]
-    linear = [sparse for sparse in sparse_weights(chunks) if sparse.weight[0].dim() == 2]
-    doors: Counter[tuple[Door, str | None]] = Counter((sparse.door, sparse.why_masked) for sparse in linear)
-    for (door, reason), count in doors.items():
-        text = products(door, sparsity.transposable, sparsity.mvue != "none")
-        found.append(f"{count} linear layers: {text}" + (f" ({reason})" if reason else ""))
-    if len(linear) < len(list(sparse_weights(chunks))):
-        found.append("experts: 2:4 products (masked): all dense")
+    doors: Counter[tuple[str, Door, str | None]] = Counter(
+        ("linear layers" if sparse.weight[0].dim() == 2 else "matrices of experts", sparse.door, sparse.why_masked)
+        for sparse in sparse_weights(chunks)
+    )
+    for (what, door, reason), count in doors.items():
+        mvue = sparsity.mvue != "none" and what == "linear layers"
+        text = products(door, sparsity.transposable, mvue)
+        if what != "linear layers" and door != "masked":
+            text += f", of an expert with {MIN_EXPERT_TOKENS} tokens or more"
+        found.append(f"{count} {what}: {text}" + (f" ({reason})" if reason else ""))
     return found
 
 

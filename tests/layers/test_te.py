@@ -242,7 +242,7 @@ def test_what_transformer_engine_cannot_do_is_said(
         assert (made.fp8, made.fp8_recipe, made.first_last_layers_bf16) == ("hybrid", "tensorwise", False)
     else:
         with pytest.raises(ValueError, match=re.escape(message)) as error:
-            te.checked_fields(recipe)
+            te.checked_fields(recipe, 1, 1)
         assert "\n" not in str(error.value)
     assert not te.trains(
         small.recipe(training={"fp8": {**fp8, "emulate": True}}, **({"moe": {}} if "experts" in fp8 else {}))
@@ -255,9 +255,11 @@ def test_the_spec_has_transformer_engines_layers_where_the_recipe_has_fp8(monkey
         training={"fp8": {"recipe": "current", "num_layers_at_start_in_bf16": 1}}, moe={"layers": [0, 1]}
     )
     monkeypatch.setattr(te, "trains", lambda _: True)
-    monkeypatch.setattr(te, "layers", lambda: te.Layers("c", "n", "r", "gc", "gr", "norm", "a"))  # type: ignore[arg-type]
+    monkeypatch.setattr(te, "layers", lambda: te.Layers("c", "n", "r"))  # type: ignore[arg-type]
     place: Any = SimpleNamespace(tp_cp_group=None)
     first, second = (Linears(recipe, index, StepState(), place) for index in (0, 1))
-    assert (second.column("self_attention.linear_qkv"), second.row("self_attention.linear_proj")) == ("c", "r")
+    assert (second.column("self_attention.linear_qkv"), second.row("self_attention.linear_proj")) == ("n", "r")
+    assert [second.has_norm(f"mlp.{name}") for name in ("linear_fc1", "shared_experts.linear_fc1")] == [False, False]
+    assert not first.has_norm("self_attention.linear_qkv")
     assert first.column("self_attention.linear_qkv").module is ColumnParallelLinear
     assert first.row("mlp.linear_fc2").module is RowParallelLinear
