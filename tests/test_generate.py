@@ -14,7 +14,9 @@ from megasparse import generate as module
 from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
 from megasparse.generate import generate, key_value_caches, next_token_logits
+from megasparse.layers import linear
 from megasparse.model import build_model
+from megasparse.sparsity.weight import sparse_weights
 from tests import small
 from tests.helpers import assert_close, run_distributed
 
@@ -249,3 +251,29 @@ def test_ranks_that_round_differently_stay_together() -> None:
     stopped = run_distributed(texts_of_ranks_that_differ, 2, stop)
     assert stopped[0] == stopped[1]
     assert stopped[0][0] == free[0][0][: free[0][0].index(stop)]
+
+
+def test_fp8_2_4_products_where_they_run(monkeypatch: pytest.MonkeyPatch, single: topology.Topology) -> None:
+    """With a stand-in of torchao's kernel that does not round, the text is the masked products'; every 2:4 linear layer
+    goes there, and afterwards none. Without a Hopper GPU it is refused."""
+    recipe = small.recipe({"bias": "qkv"}, sparsity={"weights": {"method": "s_ste", "targets": ["qkv", "fc2"]}})
+    gpt = sharp_model(recipe, single)
+    for sparse in sparse_weights(gpt):
+        sparse.begin_step(0, 4)
+        sparse.end_step()
+    expected = generate(gpt, recipe, single, PROMPT, 6)
+    with pytest.raises(ValueError, match="torchao's FP8 2:4 kernels need a CUDA GPU of sm_90"):
+        generate(gpt, recipe, single, PROMPT, 6, fp8_sparse=True)
+    products = []
+
+    def fp8_linear_24(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert ((weight.unflatten(1, (-1, 4)) != 0).sum(2) <= 2).all()
+        products.append(weight.shape)
+        return x @ weight.t()
+
+    monkeypatch.setattr(linear, "prepare_fp8", lambda weight: weight)
+    monkeypatch.setattr(linear, "fp8_linear_24", fp8_linear_24)
+    assert generate(gpt, recipe, single, PROMPT, 6, fp8_sparse=True) == expected
+    assert len(products) == 6 * 4
+    assert generate(gpt, recipe, single, PROMPT, 6) == expected
+    assert len(products) == 6 * 4

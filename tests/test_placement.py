@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megasparse import placement
 from megasparse.config import Recipe
 from megasparse.model import build_model
 from megasparse.placement import Slab, Weight, blocks, local_weights
@@ -91,3 +93,16 @@ def test_blocks_of_every_range(slabs: tuple[Slab, ...]) -> None:
             expected = torch.where((home >= start) & (home < end), home, -1.0)
             assert torch.equal(found, expected), (start, end)
             assert not flat.any()
+
+
+def test_a_norm_within_a_linear_layer_has_its_own_name() -> None:
+    """Transformer Engine's LayerNormLinear: a checkpoint knows no difference."""
+    layers = [SimpleNamespace(layer_number=4)]
+    chunk = SimpleNamespace(decoder=SimpleNamespace(layers=layers))
+    for theirs, ours in [
+        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.weight"),
+        ("mlp.linear_fc1.layer_norm_bias", "pre_mlp_layernorm.bias"),
+        ("input_layernorm.weight", "input_layernorm.weight"),
+    ]:
+        assert placement._global_name(chunk, f"decoder.layers.0.{theirs}") == f"decoder.layers.3.{ours}"

@@ -120,7 +120,7 @@ def checked_fields(recipe: Recipe, tp: int, cp: int) -> dict[str, Any]:
 
 
 def _misfit(recipe: Recipe, tp: int, cp: int) -> str | None:
-    """What TE's assert_dim_for_fp8_exec would refuse of a process's products: rows of no multiple of 8, columns of 16."""
+    """What TE's assert_dim_for_fp8_exec refuses of a process's products: rows of no multiple of 8, columns of 16."""
     model, training = recipe.model, recipe.training
     heads = model.num_attention_heads + 2 * model.kv_heads
     sizes = [

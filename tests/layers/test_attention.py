@@ -15,7 +15,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megasparse.data.loader import zigzag
-from megasparse.layers.attention import CoreAttention, document_mask
+from megasparse.layers.attention import CoreAttention, Part, document_mask
+from megasparse.layers.cache import KeyValueCache, Position
 from megasparse.model import transformer_config
 from tests import small
 from tests.helpers import assert_close, run_distributed
@@ -173,3 +174,28 @@ def test_context_parallel_parts_equal_the_whole(size: int, documents: Tensor | N
             found[rank * n :][:n] = first
             found[LENGTH - (rank + 1) * n :][:n] = second
         assert_close(found, whole, 1e-12, f"tensor {i}")
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_fused_attention_takes_what_it_can(start: int) -> None:
+    """Queries at the beginning or the end of the keys, in megatron-core's shapes; not documents, and not a cache."""
+    kinds = []
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask_type: str) -> Tensor:
+        kinds.append(attn_mask_type)
+        whole = torch.cat([torch.zeros(len(key) - len(query), *query.shape[1:]), query])
+        return naive(whole, key, value, None, 0.3)[len(key) - len(query) :]
+
+    plain, core = make(8, softmax_scale=0.3), make(8, softmax_scale=0.3, fused=fused)
+    query, key, value = torch.randn(2, 4, 9 - start, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    part = Part(start, None)
+    assert_close(core._attend(query, key, value, part), plain._attend(query, key, value, part), 1e-6)
+    assert kinds == ["causal_bottom_right" if start else "causal"]
+    documents = Part(start, DOCUMENTS)
+    assert torch.equal(core._attend(query, key, value, documents), plain._attend(query, key, value, documents))
+    if start == 0:
+        q, k, v = (x.permute(2, 0, 1, 3) for x in (query, key, value))
+        assert_close(core(q, k, v, None), plain(q, k, v, None), 1e-6)
+        core.cache = KeyValueCache(Position())
+        core(q, k, v, None)
+        assert kinds == ["causal", "causal"]

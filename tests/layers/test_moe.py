@@ -12,10 +12,15 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from megasparse import topology
+from megasparse.config import WeightSparsity
+from megasparse.layers import moe as module
 from megasparse.layers.moe import MoELayer, PostNormMoELayer, local_expert_order
 from megasparse.layers.step import StepState
 from megasparse.model import transformer_config
 from megasparse.ops import experts as ops
+from megasparse.ops.two_four import matmul as two_four_matmul
+from megasparse.sparsity import weight
+from megasparse.sparsity.weight import SparseWeight
 from tests import small
 from tests.helpers import assert_close, run_distributed
 
@@ -302,3 +307,43 @@ def test_tensor_parallel_equals_one(single: topology.Topology, sequence_parallel
         parts = [rank["grads"][name] for rank in ranks]
         ours = torch.cat(parts) if name.startswith("experts.") and ep == 2 else parts[0] + parts[1]
         assert_close(ours, parameter.grad, 1e-12, name)
+
+
+@pytest.mark.parametrize("at_least", [0, 4, 99])
+def test_experts_by_themselves_and_together(
+    monkeypatch: pytest.MonkeyPatch, single: topology.Topology, at_least: int
+) -> None:
+    """Those with many rows each by its own 2:4 products (here the masked door's), w3 is dense: outputs and gradients
+    are those of all together."""
+    how = WeightSparsity(method="s_ste")
+    recipe = small.recipe(moe={"aux_loss_coefficient": 0.0})
+    assert recipe.model.moe is not None
+    state = StepState(seed=1)
+    config = transformer_config(recipe, single)
+    layer = MoELayer(config, recipe.model.moe, single, state, {"w1": how, "w2": how}).train()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for sparse in layer.experts.sparsity.values():
+        sparse.begin_step(0, 4)
+    rows, counts = torch.randn(17, HIDDEN, requires_grad=True), torch.tensor([3, 0, 8, 6] + [0] * 4)
+    wanted = [rows, *layer.experts.parameters()]
+    expected = layer._compute(rows, counts)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), wanted)
+
+    called = []
+    monkeypatch.setattr(module, "expert_door", lambda n, _: called.append(n) or ("x" if n >= at_least else "masked"))
+    monkeypatch.setattr(SparseWeight, "door_now", property(lambda self: "semi_structured"))
+    prepared = []
+
+    def prepare(w: Tensor, door: str, transposable: bool) -> Any:
+        prepared.append(w.data_ptr())
+        return two_four_matmul.prepare(w, "masked", transposable)
+
+    monkeypatch.setattr(weight, "prepare", prepare)
+    for _ in range(2):  # operands are made once a step
+        output = layer._compute(rows, counts)
+    assert called == 2 * counts.tolist()
+    assert len(prepared) == 2 * sum(n >= at_least for n in counts.tolist())
+    assert_close(output, expected, 1e-6)
+    for gradient, other in zip(torch.autograd.grad(output.square().sum(), wanted), expected_gradients, strict=True):
+        assert_close(gradient, other, 1e-6)

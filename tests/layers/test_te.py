@@ -263,3 +263,44 @@ def test_the_spec_has_transformer_engines_layers_where_the_recipe_has_fp8(monkey
     assert not first.has_norm("self_attention.linear_qkv")
     assert first.column("self_attention.linear_qkv").module is ColumnParallelLinear
     assert first.row("mlp.linear_fc2").module is RowParallelLinear
+
+
+def test_norms_before_linear_layers_are_a_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not where the norm comes after, and not where NSA projects what is normed as well."""
+    monkeypatch.setattr(te, "trains", lambda _: True)
+    place: Any = SimpleNamespace(tp_cp_group=None)
+    nsa = {"selector": "nsa", "block_size": 16, "blocks": 4, "layers": [0, 1]}
+    fp8 = {"recipe": "current"}
+
+    def norms(index: int, model: dict[str, Any]) -> list[bool]:
+        linears = Linears(small.recipe(model, training={"fp8": fp8}), index, StepState(), place)
+        return [linears.has_norm(name) for name in ("self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")]
+
+    assert norms(0, {}) == norms(0, {"sparse_attention": nsa}) == [True, True, False]
+    assert norms(1, {"sparse_attention": nsa}) == [False, True, False]
+    assert norms(0, {"norm_placement": "post"}) == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "cp", "message"),
+    [
+        ({}, 1, 1, None),
+        ({"ffn_hidden_size": 64}, 2, 1, None),
+        ({}, 2, 1, "has 24 of model.ffn_hidden_size, no multiple of 16; change the size or the number of ranks"),
+        ({"hidden_size": 40, "num_attention_heads": 5, "num_query_groups": 1}, 1, 1, "has 40 of model.hidden_size"),
+        ({}, 4, 1, "has 8 of the heads' width, no multiple of 16; change the size or the number of ranks"),
+        ({"ffn_hidden_size": 40}, 1, 1, "has 40 of model.ffn_hidden_size, no multiple of 16"),
+        ({}, 1, small.SEQ // 2, "has 4 of micro_batch_size * seq_length, no multiple of 8"),
+    ],
+)
+def test_sizes_that_its_products_refuse(
+    monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], tp: int, cp: int, message: str | None
+) -> None:
+    """Before a model is built: rows of 8, columns of 16 (assert_dim_for_fp8_exec)."""
+    monkeypatch.setattr(te, "missing", lambda *_: None)
+    recipe = small.recipe(model, training={"fp8": {"recipe": "current"}})
+    if message is None:
+        te.checked_fields(recipe, tp, cp)
+    else:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            te.checked_fields(recipe, tp, cp)
