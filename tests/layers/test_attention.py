@@ -196,6 +196,6 @@ def test_fused_attention_takes_what_it_can(start: int) -> None:
     if start == 0:
         q, k, v = (x.permute(2, 0, 1, 3) for x in (query, key, value))
         assert_close(core(q, k, v, None), plain(q, k, v, None), 1e-6)
-        core.cache = KeyValueCache(Position())
+        core.cache = KeyValueCache(Position(), 1)
         core(q, k, v, None)
         assert kinds == ["causal", "causal"]
