@@ -1,0 +1,19 @@
+"""The optimizer and schedule sections: what they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.config.recipes import assert_refused
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"optimizer.beta2": 1}, "optimizer.beta2 = 1: "),
+    ({"schedule.min_lr_ratio": 1.5}, "schedule.min_lr_ratio = 1.5: "),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_what_is_wrong_is_said(changes: dict[str, Any], message: str):
+    assert_refused(changes, message)
