@@ -228,6 +228,7 @@ def layer_spec(recipe: Recipe, index: int, topology: Topology, state: StepState)
                 **{"moe": model.moe, "topology": topology, "state": state},
                 "sparsity": linears.sparse_experts(),
                 "fp8": linears.fp8_of("mlp.experts.w1"),
+                "fp8_by_te": te.trains(recipe),
                 "shared": linears.mlp("mlp.shared_experts"),
             },
         )
@@ -262,11 +263,11 @@ class Linears:
 
     def column(self, name: str) -> Any:
         if self._by_te(name):
-            return te.layers().norm_column if self.has_norm(name) else te.layers().column
+            return self._of_te(name, te.layers().norm_column if self.has_norm(name) else te.layers().column)
         return self._linear(name, ColumnParallelLinear)
 
     def row(self, name: str) -> Any:
-        return te.layers().row if self._by_te(name) else self._linear(name, RowParallelLinear)
+        return self._of_te(name, te.layers().row) if self._by_te(name) else self._linear(name, RowParallelLinear)
 
     def has_norm(self, name: str) -> bool:
         """Is the norm before this layer a part of it, as Transformer Engine has it?"""
@@ -287,9 +288,15 @@ class Linears:
         return self.recipe.training.fp8 if f"{self._layer}.{weight}" in self.recipe.fp8_weights else None
 
     def _linear(self, name: str, layer: type) -> Any:
+        return ModuleSpec(module=layer, params={"product": self._product(name)})
+
+    def _of_te(self, name: str, layer: type) -> Any:
+        product = self._product(name)
+        return layer if product.sparsity is None else te.sparse(layer, product, self.topology.tp_group)
+
+    def _product(self, name: str) -> Product:
         sparsity, fp8 = self._sparsity(f"{name}.weight"), self.fp8_of(f"{name}.weight")
-        product = Product(f"{self._layer}.{name}", self.state, self.topology.tp_cp_group, sparsity, fp8)
-        return ModuleSpec(module=layer, params={"product": product})
+        return Product(f"{self._layer}.{name}", self.state, self.topology.tp_cp_group, sparsity, fp8)
 
     def _by_te(self, name: str) -> bool:
         return te.trains(self.recipe) and self.fp8_of(f"{name}.weight") is not None

@@ -34,6 +34,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from megasparse.config import Fp8, MoE, WeightSparsity
+from megasparse.layers import te
 from megasparse.layers.attention import post_norm
 from megasparse.layers.fp8 import Fp8Scales
 from megasparse.layers.router import Router
@@ -64,10 +65,11 @@ class MoELayer(AutoEPMoELayer):
         sparsity: dict[str, WeightSparsity] | None = None,
         shared: MLPSubmodules = DENSE,
         fp8: Fp8 | None = None,
+        fp8_by_te: bool = False,
         submodules: Any = None,
     ) -> None:
         """``sparsity``: of w1, w2, w3, those that are 2:4. ``shared``: the linear layers of shared experts. ``fp8``: of
-        the experts."""
+        the experts, ``fp8_by_te``: by Transformer Engine, whose autocast has the scales."""
         nn.Module.__init__(self)  # AutoEPMoELayer's own constructor wraps a Hugging Face block
         self.config, self.moe, self.topology = config, moe, topology
         self.router = Router(config, moe, state, topology.tp_cp_group)
@@ -83,8 +85,17 @@ class MoELayer(AutoEPMoELayer):
         )
         here = range(self.ep_rank * self.num_local_experts, (self.ep_rank + 1) * self.num_local_experts)
         self.experts.fp8 = nn.ModuleDict(
-            {w: Fp8Scales(fp8, state, topology.tp_cp_group, (self.num_experts, here)) for w in WEIGHTS if fp8}
+            {
+                w: Fp8Scales(fp8, state, topology.tp_cp_group, (self.num_experts, here))
+                for w in WEIGHTS
+                if fp8 and not fp8_by_te
+            }
         )
+        self.te: dict[str, te.GroupedLinear] = {}
+        if fp8 and fp8_by_te:
+            for name in WEIGHTS:
+                count, out_features, in_features = getattr(self.experts, name).shape
+                self.te[name] = te.GroupedLinear(count, in_features, out_features, config.params_dtype)
         self.observe: Callable[[Tensor, Tensor], None] | None = None  # what experts see, for Wanda (layers/wanda.py)
         self._describe_experts()
 
@@ -143,10 +154,13 @@ class MoELayer(AutoEPMoELayer):
         if self.observe is not None:
             self.observe(rows, counts)
         weights, sparsity = self.experts, self.experts.sparsity
-        w1, w2, w3 = (
-            sparsity[name](weight) if name in sparsity else weight  # type: ignore[operator]
+        made = {
+            name: sparsity[name](weight) if name in sparsity else weight  # type: ignore[operator]
             for name, weight in ((name, getattr(weights, name)) for name in WEIGHTS)
-        )
+        }
+        if self.te and len(rows):
+            return te.grouped_swiglu(rows, counts, made, self.te)
+        w1, w2, w3 = made.values()
         if weights.fp8:
             scales: Any = weights.fp8
             scaling = [tuple(scales[name].scaling(expert) for name in WEIGHTS) for expert in range(len(counts))]

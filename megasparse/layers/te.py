@@ -11,10 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megasparse import platform
 from megasparse.config import Recipe
+from megasparse.layers.linear import Product
+from megasparse.sparsity.weight import SparseWeight
 
 Fp8Recipe = Literal["delayed", "current", "block"]
 MEGATRON_NAMES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
@@ -59,6 +64,54 @@ def layers() -> Layers:
     )
 
     return Layers(TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear)
+
+
+def sparse(layer: type, product: Product, tp_group: Any) -> ModuleSpec:
+    """One of ``layers`` with a 2:4 weight, which is what it quantises. tp_group: the ranks with parts of the matrix."""
+
+    class Sparse(layer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            assert product.sparsity is not None
+            self.sparsity = SparseWeight(product.name, self.weight, product.sparsity, tp_group)
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            dense = self._parameters["weight"]
+            self._parameters["weight"] = self.sparsity(dense)
+            try:
+                return super().forward(x, *args, **kwargs)
+            finally:
+                self._parameters["weight"] = dense
+
+    return ModuleSpec(module=Sparse)
+
+
+class GroupedLinear:
+    """Of all local experts, by a TE layer without weights of its own: rows by expert times the weights it is given."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        import transformer_engine.pytorch as te  # type: ignore[import-not-found]
+
+        self.linear = te.GroupedLinear(
+            experts, in_features, out_features, bias=False, params_dtype=dtype, device="meta"
+        )
+        self.pad, self.unpad = te.Fp8Padding(experts), te.Fp8Unpadding(experts)
+
+    def __call__(self, rows: Tensor, counts: list[int], weights: Tensor) -> Tensor:
+        """rows [sum(counts), in], in the order of experts, weights [experts, out, in] -> [sum(counts), out]. Padded, as
+        FP8 kernels want a multiple of 16 rows for each."""
+        padded, sizes = self.pad(rows, counts)
+        own = {f"weight{i}": weight for i, weight in enumerate(weights.unbind())}
+        return self.unpad(torch.func.functional_call(self.linear, own, (padded, sizes)), counts)
+
+
+def grouped_swiglu(
+    rows: Tensor, counts: Tensor, weights: dict[str, Tensor], linears: dict[str, GroupedLinear]
+) -> Tensor:
+    """As ops.experts.grouped_swiglu, by TE: w1, w2, w3 of ``weights`` and of ``linears``."""
+    sizes = counts.tolist()
+    gate, up = (linears[name](rows, sizes, weights[name]) for name in ("w1", "w3"))
+    return linears["w2"](F.silu(gate) * up, sizes, weights["w2"])
 
 
 def attention_missing(recipe: Recipe) -> str | None:
@@ -107,11 +160,15 @@ def checked_fields(recipe: Recipe, tp: int, cp: int) -> dict[str, Any]:
         cure = "use recipe=current or block, or set emulate=true"
     if reason is None and fp8.rounding == "smooth":
         reason = "rounding=smooth is not Transformer Engine's"
-    if reason is None and set(weights) & set(recipe.sparse_weights):
-        reason = "Transformer Engine multiplies its own weight, not the 2:4 one that sparsity.weights puts in its place"
-    if reason is None and any(".mlp.experts." in name for name in weights):
-        reason = "the experts' weights are one tensor for all, Transformer Engine's grouped linear has one for each"
-        cure = "set experts=false or emulate=true"
+    sparsity = recipe.sparsity.weights
+    if reason is None and sparsity is not None and set(weights) & set(recipe.sparse_weights):
+        if sparsity.mvue != "none":
+            reason = "Transformer Engine makes dW of dy itself, not of the estimate that sparsity.weights.mvue asks for"
+        elif sparsity.score == "wanda":
+            reason = "Transformer Engine's layers do not show what sparsity.weights.score=wanda measures"
+        elif sparsity.products == "semi_structured":
+            reason = "sparsity.weights.products=semi_structured has no FP8"
+            cure = "unset one of them"
     if reason is None and (reason := _misfit(recipe, tp, cp)) is not None:
         cure = "change the size or the number of ranks that share it, or set emulate=true"
     if reason is not None:
@@ -131,6 +188,8 @@ def _misfit(recipe: Recipe, tp: int, cp: int) -> str | None:
     ]
     if any(".mlp.linear" in name for name in recipe.fp8_weights):
         sizes.append(("model.ffn_hidden_size", model.ffn_size // tp, 16))
+    if any(".experts." in name for name in recipe.fp8_weights) and model.moe is not None:
+        sizes.append(("model.moe.ffn_hidden_size", model.moe.ffn_hidden_size, 16))
     if any(".shared_experts." in name for name in recipe.fp8_weights) and model.moe is not None:
         sizes.append(("model.moe.shared_expert_ffn_hidden_size", model.moe.shared_expert_ffn_hidden_size // tp, 16))
     for what, size, of in sizes:

@@ -19,14 +19,21 @@ from typing import Any
 
 import megatron.core.utils
 import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
+from megasparse import topology
+from megasparse.config import Fp8, WeightSparsity
 from megasparse.layers import te
-from megasparse.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megasparse.layers.linear import ColumnParallelLinear, Product, RowParallelLinear
+from megasparse.layers.moe import MoELayer
 from megasparse.layers.step import StepState
 from megasparse.model import Linears, transformer_config
 from tests import small
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, assert_close
 from tests.layers.te_sources import Offer, Use, Uses, te_gate
 
 VERSION = "2.20.2"
@@ -133,7 +140,8 @@ def test_the_slots_are_megatrons() -> None:
     root = MEGATRON.parent.parent
     megatron = Offer(lambda path: (root / path).read_text() if (root / path).is_file() else None)
     found = Uses(DOOR.read_text(), "megatron").found
-    assert len(found) == len(dataclasses.fields(te.Layers))
+    extension = [use for use in found if use.name.startswith("megatron.core.extensions.")]
+    assert len(extension) == len(dataclasses.fields(te.Layers))
     assert [problem for use in found if (problem := megatron.problem(use))] == []
 
 
@@ -204,7 +212,8 @@ def test_fields_that_cannot_be() -> None:
         config(fp8="hybrid", fp8_recipe="delayed", first_last_layers_bf16=True)
 
 
-TWO_FOUR = {"weights": {"method": "s_ste", "targets": ["qkv"]}}
+def two_four(**weights: Any) -> dict[str, Any]:
+    return {"weights": {"method": "s_ste", "targets": ["qkv"], **weights}}
 
 
 @pytest.mark.parametrize(
@@ -220,8 +229,20 @@ TWO_FOUR = {"weights": {"method": "s_ste", "targets": ["qkv"]}}
             {},
             "rounding=smooth is not Transformer Engine's; set emulate=true",
         ),
-        ({"recipe": "current"}, {"sparsity": TWO_FOUR}, "not the 2:4 one that sparsity.weights puts in its place; set"),
-        ({"recipe": "current"}, {"moe": {}}, "grouped linear has one for each; set experts=false or emulate=true"),
+        ({"recipe": "current"}, {"sparsity": two_four()}, None),
+        (
+            {"recipe": "current"},
+            {"sparsity": two_four(mvue="exact")},
+            "sparsity.weights.mvue asks for; set emulate=true",
+        ),
+        (
+            {"recipe": "current"},
+            {"sparsity": two_four(method="ste", score="wanda")},
+            "score=wanda measures; set emulate",
+        ),
+        ({"recipe": "current"}, {"sparsity": two_four(products="semi_structured")}, "has no FP8; unset one of them"),
+        ({"recipe": "current"}, {"moe": {"ffn_hidden_size": 16}}, None),
+        ({"recipe": "current"}, {"moe": {"ffn_hidden_size": 24}}, "24 of model.moe.ffn_hidden_size, no multiple of 16"),
     ],
 )
 def test_what_transformer_engine_cannot_do_is_said(
@@ -304,3 +325,103 @@ def test_sizes_that_its_products_refuse(
     else:
         with pytest.raises(ValueError, match=re.escape(message)):
             te.checked_fields(recipe, tp, cp)
+
+
+class Grouped(nn.Module):
+    """TE's GroupedLinear as the door calls it, without FP8."""
+
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        params_dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        super().__init__()
+        assert not bias
+        self.num_gemms = num_gemms
+        for i in range(num_gemms):
+            weight = torch.empty(out_features, in_features, dtype=params_dtype, device=device)
+            self.register_parameter(f"weight{i}", nn.Parameter(weight))
+
+    def forward(self, rows: Tensor, m_splits: list[int]) -> Tensor:
+        assert not any(size % 16 for size in m_splits)
+        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        return torch.cat([x @ w.t() for x, w in zip(rows.split(m_splits), weights, strict=True)])
+
+
+def pad(rows: Tensor, m_splits: list[int]) -> tuple[Tensor, list[int]]:
+    """As TE's Fp8Padding: sixteens of rows."""
+    sizes = [-(-size // 16) * 16 for size in m_splits]
+    parts = zip(rows.split(m_splits), sizes, strict=True)
+    return torch.cat([F.pad(part, (0, 0, 0, size - len(part))) for part, size in parts]), sizes
+
+
+def unpad(rows: Tensor, m_splits: list[int]) -> Tensor:
+    parts = rows.split([-(-size // 16) * 16 for size in m_splits])
+    return torch.cat([part[:size] for part, size in zip(parts, m_splits, strict=True)])
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytorch: Any = type(sys)("transformer_engine.pytorch")
+    pytorch.GroupedLinear, pytorch.Fp8Padding, pytorch.Fp8Unpadding = Grouped, lambda _: pad, lambda _: unpad
+    monkeypatch.setitem(sys.modules, "transformer_engine", type(sys)("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("sparsity", [{}, {"w1": WeightSparsity(method="s_ste")}], ids=["dense", "2:4"])
+def test_experts_are_its_grouped_linears(single: topology.Topology, sparsity: dict[str, WeightSparsity]) -> None:
+    """With our weights, 2:4 where they are, and no state of its own: outputs and gradients are ours."""
+    recipe = small.recipe(moe={"aux_loss_coefficient": 0.0})
+    moe, fp8 = recipe.model.moe, Fp8(recipe="current")
+    assert moe is not None
+    config = transformer_config(recipe, single)
+    ours = MoELayer(config, moe, single, StepState(), sparsity)
+    theirs = MoELayer(config, moe, single, StepState(), sparsity, fp8=fp8, fp8_by_te=True)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    theirs.load_state_dict(ours.state_dict())  # nothing more
+    x, results = torch.randn(5, 2, 32), []
+    for layer in (ours.train(), theirs.train()):
+        for sparse in layer.experts.sparsity.values():  # type: ignore[operator,union-attr]
+            sparse.begin_step(0, 4)
+        hidden = x.clone().requires_grad_()
+        y, _ = layer(hidden)
+        wanted = [hidden, *layer.experts.parameters()]
+        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, 1e-6)
+    assert theirs._compute(x.new_empty(0, 32), torch.zeros(moe.num_experts, dtype=torch.long)).shape == (0, 32)
+
+
+def test_its_linear_layer_multiplies_by_the_2_4_weight(single: topology.Topology) -> None:
+    """And the parameter gets its gradient (straight through); the layer is as it was, also after an error."""
+
+    class Linear(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(size, size))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.t()
+
+    product = Product("linear", StepState(), single.tp_cp_group, WeightSparsity(method="s_ste"))
+    layer: Any = te.sparse(Linear, product, None).module(8)  # type: ignore[operator]
+    weight = layer.weight
+    layer.sparsity.begin_step(0, 4)
+    x = torch.randn(3, 8)
+    y = layer(x)
+    expected = layer.sparsity(weight).detach()
+    assert (expected == 0).float().mean() == 0.5
+    assert_close(y, x @ expected.t(), 1e-6)
+    (gradient,) = torch.autograd.grad(y.sum(), weight)
+    assert_close(gradient, torch.ones(8, 3) @ x, 1e-6)
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(3, 7))
+    assert layer.weight is weight
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
