@@ -60,16 +60,15 @@ FROM_DENSE: dict[str, dict[str, Any]] = {
 VARIANTS = FROM_SCRATCH | FROM_DENSE
 
 
-def recipe(data: Path, model: str, variant: str, seed: int, steps: int, dense: Path) -> dict[str, Any]:
+def recipe(data: Path, model: str, variant: str, seed: int, steps: int, rate: float, dense: Path) -> dict[str, Any]:
     """Four layers of 128; ``dense``: the checkpoint of the dense run that the last variants go on from."""
     parts = VARIANTS[variant]
     weights = dict(parts["weights"])
     if weights["method"] == "sr_ste":
         weights["decay"] = DECAY[model]
     training: dict[str, Any] = {"fp8": parts["fp8"]} if "fp8" in parts else {}
-    rate = 3e-3
     if variant in FROM_DENSE:
-        steps, rate = steps // 2, 1.5e-3
+        steps, rate = steps // 2, rate / 2
         training["initial_checkpoint"] = str(dense)
         seed += 1000  # other batches than the dense run's
         if "teacher" in parts:
@@ -134,15 +133,18 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=3e-3, help="the largest learning rate; half of it after dense")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the CPUs")
     parser.add_argument("--runs", type=Path, default=Path("runs/sparse_training"))
     options = parser.parse_args()
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
 
+    suffix = "" if options.lr == parser.get_default("lr") else f"-{options.lr:g}"
+
     def run(model: str, variant: str, seed: int) -> list[dict[str, Any]]:
-        folder = options.runs / f"{model}-{options.steps}" / str(seed)
+        folder = options.runs / f"{model}-{options.steps}{suffix}" / str(seed)
         dense = (folder / "dense/checkpoints" / f"step_{options.steps}").resolve()
-        raw = recipe(options.data.resolve(), model, variant, seed, options.steps, dense)
+        raw = recipe(options.data.resolve(), model, variant, seed, options.steps, options.lr, dense)
         steps = metrics_of(folder / variant.replace(" ", "_"), raw, threads)
         print(f"{model}, {variant}, seed {seed}: {steps[-1]['validation_loss']:.4f} nats/token", file=sys.stderr)
         return steps
