@@ -175,8 +175,8 @@ def verify(
     from rich.console import Console
 
     from megasparse.files import write_atomic
+    from megasparse.layout import Layout
     from megasparse.processes import Workers
-    from megasparse.topology import Layout
     from megasparse.verify import show
     from megasparse.verify import verify as run
 
@@ -193,7 +193,7 @@ def verify(
 def _layout_overrides(layout: str | None) -> list[str]:
     if layout is None:
         return []
-    from megasparse.topology import Layout
+    from megasparse.layout import Layout
 
     return [f"parallel.{name}={str(value).lower()}" for name, value in Layout.parse(layout).parallel().items()]
 

@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from megasparse import config, platform
 from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch
+from megasparse.layout import check_layout
 from megasparse.model import GPTModel
-from megasparse.topology import Topology, check_layout
+from megasparse.topology import Topology
 
 
 def teacher_recipe(student: Recipe, own: Recipe, path: Path, world_size: int) -> Recipe:

@@ -26,7 +26,7 @@ from rich.progress_bar import ProgressBar
 from megasparse import platform
 from megasparse.config import Recipe, dump_recipe
 from megasparse.files import write_atomic, written_aside
-from megasparse.topology import Layout
+from megasparse.layout import Layout
 
 logger = logging.getLogger("megasparse")
 

@@ -10,6 +10,7 @@ import torch
 from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch
+from megasparse.layout import check_layout
 
 VOCAB, SEQ = 96, 24
 MOE = {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 48}
@@ -39,7 +40,7 @@ def recipe(
 
 def start(recipe: Recipe) -> topology.Topology:
     """Join the process group in the recipe's layout."""
-    return topology.initialize(topology.check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1"))))
+    return topology.initialize(check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1"))))
 
 
 def batches(recipe: Recipe, step: int, dp_rank: int = 0, dp: int = 1, masked: bool = False) -> list[Batch]:

@@ -19,6 +19,7 @@ from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch
 from megasparse.distillation import Teacher, divergence, teacher_recipe
 from megasparse.engine import Engine, StepResult
+from megasparse.layout import Layout, check_layout
 from megasparse.model import build_model
 from tests import oracle, small
 from tests.checkpoint.runs import assert_same, state_of
@@ -50,7 +51,7 @@ def test_divergence_and_its_gradient_are_torchs(temperature: float) -> None:
 
 def of_a_split_vocabulary() -> tuple[Tensor, Tensor]:
     """48 tokens on rank 0, 47 on rank 1: their divergence, and this rank's gradient."""
-    topology.initialize(topology.Layout(dp=2))
+    topology.initialize(Layout(dp=2))
     columns = slice(0, 48) if dist.get_rank() == 0 else slice(48, None)
     student = logits(1)[..., columns].requires_grad_()
     nats = divergence(student, logits(2)[..., columns], 2.0, dist.group.WORLD)
@@ -294,7 +295,7 @@ def test_a_teacher_that_cannot_be_is_named(
     parallel: dict[str, Any], world: int, own: dict[str, Any], said: str
 ) -> None:
     student = with_teacher(small.recipe({"num_layers": 4}, parallel=parallel))
-    topology.check_layout(student, world)
+    check_layout(student, world)
     raw = {**small.recipe().model_dump(mode="json")}
     raw["model"].update(own)
     data = {**raw["data"], "seq_length": 8}

@@ -15,9 +15,9 @@ from megasparse.checkpoint.save import Saver
 from megasparse.checkpoint.weights import load_teacher, teacher_source
 from megasparse.config import Recipe, parse_recipe
 from megasparse.engine import Engine
+from megasparse.layout import Layout
 from megasparse.model import build_model, moe_layers
 from megasparse.placement import blocks, local_buffers, local_weights
-from megasparse.topology import Layout
 from tests import small
 from tests.helpers import assert_close, relative_error, run_distributed
 

@@ -12,9 +12,9 @@ import torch
 
 from megasparse import placement
 from megasparse.config import Recipe
+from megasparse.layout import Layout
 from megasparse.model import build_model
 from megasparse.placement import Slab, Weight, blocks, local_weights
-from megasparse.topology import Layout
 from tests import small
 from tests.helpers import run_distributed
 

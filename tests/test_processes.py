@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megasparse.engine import Engine
+from megasparse.layout import Layout
 from megasparse.model import build_model
 from megasparse.processes import RankError, Workers
-from megasparse.topology import Layout
 from tests import small
 from tests.helpers import REPOSITORY, run_distributed
 

@@ -28,6 +28,7 @@ from megasparse.data.loader import Batch, ValidationWindows
 from megasparse.engine import Engine
 from megasparse.files import written_aside
 from megasparse.layers.block_sparse import BlockSparseAttention
+from megasparse.layout import check_layout
 from megasparse.model import build_model
 from megasparse.ops.block_sparse import BlockMask
 from megasparse.train import vocabulary
@@ -49,7 +50,7 @@ def read_recipe(run_dir: Path) -> Recipe:
 def block_maps(recipe: Recipe, checkpoint: Path, window: int) -> Maps:
     """What the model saved at ``checkpoint`` lists for held-out window ``window``."""
     validation = ValidationWindows(recipe.data)
-    place = topology.initialize(topology.check_layout(recipe, 1), recipe.training.seed)
+    place = topology.initialize(check_layout(recipe, 1), recipe.training.seed)
     chunks, state = build_model(recipe, place, vocabulary(recipe, validation.tokenizer.vocab_size))
     engine = Engine(recipe, place, chunks, state)
     load(engine, checkpoint)

@@ -11,7 +11,7 @@ from megasparse.config.section import NonNegative, Section
 
 class Parallel(Section):
     """How the run is split. Data parallelism is what is left of the world: world / (tp * pp * cp). What goes together
-    is topology.check_layout's to say."""
+    is check_layout's to say."""
 
     tp: PositiveInt = 1  # tensor parallel
     sequence_parallel: bool = False  # with tp: norms and residuals are split along the sequence

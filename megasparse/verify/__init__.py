@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from megasparse.config import Recipe, parse_recipe
-from megasparse.topology import Layout, check_layout
+from megasparse.layout import Layout, check_layout
 from megasparse.verify.compare import (
     CAPACITY,
     NOISE,

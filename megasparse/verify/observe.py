@@ -15,6 +15,7 @@ from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch, make_batch
 from megasparse.engine import Engine
 from megasparse.layers.block_sparse import BlockSparseAttention
+from megasparse.layout import check_layout
 from megasparse.model import build_model, moe_layers
 from megasparse.ops.block_sparse import BlockMask
 from megasparse.placement import blocks, local_buffers, local_weights
@@ -39,7 +40,7 @@ class Seen:
 def observe(raw: dict[str, Any], steps: int) -> Seen:
     """Train the recipe for ``steps`` steps on made-up text, from the weights that its seed gives in every layout."""
     recipe = parse_recipe(raw)
-    place = topology.initialize(topology.check_layout(recipe, int(os.environ["WORLD_SIZE"])), recipe.training.seed)
+    place = topology.initialize(check_layout(recipe, int(os.environ["WORLD_SIZE"])), recipe.training.seed)
     assert recipe.model.vocab_size is not None
     chunks, state = build_model(recipe, place, recipe.model.vocab_size)
     engine = Engine(recipe, place, chunks, state)

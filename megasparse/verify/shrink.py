@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from megasparse.config import Model, Recipe, parse_recipe
-from megasparse.topology import FP8_TILE, Layout
+from megasparse.layout import FP8_TILE, Layout
 
 HEAD_DIM, WIDTH, EXPERT_WIDTH, EXPERTS, LAYERS, VOCAB, SEQUENCE, MICRO_BATCH = 16, 96, 48, 8, 4, 251, 32, 2
 EPS = 1e-3

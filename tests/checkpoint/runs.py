@@ -9,8 +9,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megasparse.config import Recipe
 from megasparse.engine import Engine
+from megasparse.layout import Layout
 from megasparse.model import build_model
-from megasparse.topology import Layout, Topology
+from megasparse.topology import Topology
 from tests import small
 
 FINGERPRINT = "abc"

@@ -15,7 +15,8 @@ from megasparse.checkpoint.save import Saver
 from megasparse.checkpoint.state import random_state
 from megasparse.config import Recipe, parse_recipe
 from megasparse.engine import Engine
-from megasparse.topology import Layout, Topology
+from megasparse.layout import Layout
+from megasparse.topology import Topology
 from tests import small
 from tests.checkpoint.runs import FINGERPRINT, MODEL, MOE, assert_same, disturb, engine_of, recipe_of, run, state_of
 from tests.helpers import run_distributed

@@ -7,11 +7,12 @@ import torch.distributed as dist
 
 from megasparse import topology
 from megasparse.checkpoint.ranks import together
+from megasparse.layout import Layout
 from tests.helpers import RankError, run_distributed
 
 
 def sums_and_failures() -> tuple[int, list[str]]:
-    topology.initialize(topology.Layout(dp=2))
+    topology.initialize(Layout(dp=2))
     rank = dist.get_rank()
     total = together(None, lambda: rank + 1, sum)
 
@@ -47,7 +48,7 @@ def test_together() -> None:
 
 
 def fault_of_ours() -> None:
-    topology.initialize(topology.Layout(dp=2))
+    topology.initialize(Layout(dp=2))
 
     def part() -> None:
         raise KeyError("a bug")

@@ -11,7 +11,7 @@ import torch
 
 from megasparse.checkpoint.reader import Reader
 from megasparse.checkpoint.save import Saver
-from megasparse.topology import Layout
+from megasparse.layout import Layout
 from tests import small
 from tests.checkpoint.runs import FINGERPRINT, engine_of, recipe_of, run
 from tests.helpers import REPOSITORY, run_distributed

@@ -26,9 +26,10 @@ from megasparse.checkpoint.save import Saver
 from megasparse.checkpoint.state import tensors
 from megasparse.config import parse_recipe
 from megasparse.engine import Engine
+from megasparse.layout import Layout
 from megasparse.processes import RankError, Workers
 from megasparse.sparsity.weight import sparse_weights
-from megasparse.topology import Layout, Topology
+from megasparse.topology import Topology
 from tests import small
 from tests.checkpoint.runs import FINGERPRINT, assert_same, engine_of, recipe_of, run, state_of
 from tests.helpers import run_distributed

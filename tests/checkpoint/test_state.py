@@ -6,8 +6,9 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megasparse.checkpoint.state import Sharded, random_state, seed_anew, set_random_state, tensors
+from megasparse.layout import Layout
 from megasparse.placement import local_weights
-from megasparse.topology import Layout, Topology
+from megasparse.topology import Topology
 from tests import small
 from tests.checkpoint.runs import engine_of, recipe_of, run
 from tests.helpers import run_distributed

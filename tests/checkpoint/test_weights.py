@@ -27,8 +27,9 @@ from megasparse.checkpoint.weights import (
 )
 from megasparse.config import Recipe, parse_recipe
 from megasparse.engine import Engine
+from megasparse.layout import Layout
 from megasparse.placement import blocks, local_buffers, local_weights
-from megasparse.topology import Layout, Topology
+from megasparse.topology import Topology
 from tests import small
 from tests.checkpoint.runs import FINGERPRINT, MOE, SPARSITY, assert_same, disturb, engine_of, run, state_of
 from tests.helpers import run_distributed

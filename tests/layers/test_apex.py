@@ -20,8 +20,8 @@ from megasparse.config import Recipe
 from megasparse.engine import Engine
 from megasparse.layers import apex
 from megasparse.layers.norms import LayerNorm, RMSNorm
+from megasparse.layout import Layout
 from megasparse.model import build_model
-from megasparse.topology import Layout
 from tests import small
 from tests.helpers import assert_close, run_distributed
 from tests.layers.test_norms import config

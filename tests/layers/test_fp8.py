@@ -14,6 +14,7 @@ from megasparse.config import Fp8, Recipe
 from megasparse.engine import Engine
 from megasparse.layers.fp8 import Fp8Scales, end_step, fp8_scales
 from megasparse.layers.step import StepState
+from megasparse.layout import Layout
 from megasparse.model import build_model
 from megasparse.ops.fp8.linear import DY, WEIGHT, X
 from megasparse.placement import local_buffers
@@ -76,7 +77,7 @@ def test_the_weights_that_the_recipe_names_are_in_fp8(
 
 def two_ranks(recipe: str) -> Any:
     """Rank r has seen 2 and 3, 5 and 7: of x; the double of the weight; as gradients, times 4, of a unit of 4."""
-    topology.initialize(topology.Layout(dp=2))
+    topology.initialize(Layout(dp=2))
     rank, group = dist.get_rank(), dist.group.WORLD
     x = torch.tensor([[[2.0, -3.0], [-1.0, 0.5]], [[5.0, 0.0], [1.0, -7.0]]])[rank]
     state = StepState(gradient_unit=4.0)

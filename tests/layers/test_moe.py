@@ -16,6 +16,7 @@ from megasparse.config import WeightSparsity
 from megasparse.layers import moe as module
 from megasparse.layers.moe import MoELayer, PostNormMoELayer, local_expert_order
 from megasparse.layers.step import StepState
+from megasparse.layout import Layout
 from megasparse.model import transformer_config
 from megasparse.ops import experts as ops
 from megasparse.ops.two_four import matmul as two_four_matmul
@@ -238,7 +239,7 @@ def one_micro_batch(place: topology.Topology, seed: int, forced: list[int] | Non
 
 
 def expert_parallel(cases: list[tuple[list[int] | None, dict[str, Any]]], ep: int) -> list[dict[str, Any]]:
-    place = topology.initialize(topology.Layout(ep=ep, dp=ep))
+    place = topology.initialize(Layout(ep=ep, dp=ep))
     return [one_micro_batch(place, place.rank, forced, **options) for forced, options in cases]
 
 
@@ -277,7 +278,7 @@ def test_two_ranks_equal_one(single: topology.Topology) -> None:
 
 def tensor_parallel(sequence_parallel: bool, ep: int, options: dict[str, Any]) -> dict[str, Any]:
     """The layer under tp=2: the whole sequence on each rank, or its half with sequence parallelism."""
-    place = topology.initialize(topology.Layout(tp=2, ep=ep, sequence_parallel=sequence_parallel))
+    place = topology.initialize(Layout(tp=2, ep=ep, sequence_parallel=sequence_parallel))
     layer = make(place, **options)
     index = torch.arange(BATCH * SEQ).view(BATCH, SEQ)
     x, dy = hidden_states(), hidden_states(100)

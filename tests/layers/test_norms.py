@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megasparse import topology
 from megasparse.layers.norms import FullWidthRMSNorm, HeadRMSNorm, LayerNorm, RMSNorm
+from megasparse.layout import Layout
 from tests.helpers import assert_close, run_distributed
 
 SEQ, BATCH, HEADS, HEAD_DIM = 5, 3, 4, 8
@@ -91,7 +92,7 @@ def test_large_and_small_values_do_not_overflow() -> None:
 
 def full_width(tp: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """This rank's heads: output, gradient of the input, gradient of its part of the weight."""
-    place = topology.initialize(topology.Layout(tp=tp))
+    place = topology.initialize(Layout(tp=tp))
     norm = FullWidthRMSNorm(config(dtype, tp=tp), HEAD_DIM, 1e-2, heads=HEADS)
     generator = torch.Generator().manual_seed(0)
     x, upstream = (torch.randn(SEQ, BATCH, HEADS, HEAD_DIM, generator=generator) for _ in range(2))

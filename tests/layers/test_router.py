@@ -15,6 +15,7 @@ from megasparse import topology
 from megasparse.config import MoE
 from megasparse.layers.router import Router, largest_load
 from megasparse.layers.step import StepState
+from megasparse.layout import Layout
 from tests import small
 from tests.helpers import assert_close, run_distributed
 from tests.test_engine import engine_of
@@ -291,7 +292,7 @@ def test_gradients_of_the_losses(scope: str, score_function: str) -> None:
 
 def tensor_parallel_losses(scope: str, tp: int) -> dict[str, Any]:
     """The losses of two layers, and the gradients of their weights, with the tokens split over ``tp`` ranks."""
-    place = topology.initialize(topology.Layout(tp=tp))
+    place = topology.initialize(Layout(tp=tp))
     state = StepState()
     state.begin(0, 10, 1)
     moe = MoE(
@@ -471,7 +472,7 @@ def test_evaluation_drops_nothing() -> None:
 
 def tensor_parallel_keep(policy: str, tp: int) -> dict[int, list[bool]]:
     """Token -> which of its copies are kept, with positions split over ``tp`` ranks as the MoE layer splits them."""
-    place = topology.initialize(topology.Layout(tp=tp))
+    place = topology.initialize(Layout(tp=tp))
     seq, batch = 10, 4
     moe = MoE(num_experts=EXPERTS, top_k=3, ffn_hidden_size=8, capacity_factor=0.6, drop_policy=policy)  # type: ignore[arg-type]
     config = SimpleNamespace(hidden_size=HIDDEN, params_dtype=torch.float64, tensor_model_parallel_size=tp)

@@ -8,7 +8,7 @@ import pytest
 
 from megasparse import schedule
 from megasparse.config import Recipe, parse_recipe
-from megasparse.topology import Layout, check_layout, stage_layers
+from megasparse.layout import Layout, check_layout, stage_layers
 from megasparse.verify import possible_layouts
 from megasparse.verify.shrink import default_layouts, shrink
 from tests import small

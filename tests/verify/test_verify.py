@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from megasparse.cli import app
 from megasparse.config import Recipe
+from megasparse.layout import Layout
 from megasparse.processes import Workers
-from megasparse.topology import Layout
 from megasparse.verify import Report, possible_layouts, show, verify
 from tests import small
 from tests.helpers import RankError, run_distributed

@@ -44,10 +44,10 @@ from megasparse.checkpoint.state import finish_loading, numbers
 from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch
 from megasparse.engine import Engine
+from megasparse.layout import check_layout
 from megasparse.model import build_model
 from megasparse.placement import local_weights
 from megasparse.processes import Workers
-from megasparse.topology import check_layout
 
 PROCESSES, VOCAB, SEQ = 2, 4096, 64
 PARTS = ("fp32", "exp_avg", "exp_avg_sq")

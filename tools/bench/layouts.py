@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch
+from megasparse.layout import Layout, check_layout
 from megasparse.processes import Workers
-from megasparse.topology import Layout, check_layout
 
 DEFAULT = "tp2 tp2+sp pp2 pp2vp2 cp2 ep2 dp2+zero0 dp2 dp2+zero2 ep2dp4 tp2ep2 tp2ep4 cp2ep2 tp2pp2ep2 tp2pp2ep2+sp"
 VOCAB, BYTES = 512, 4  # of a float32
