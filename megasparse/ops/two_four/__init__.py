@@ -2,7 +2,7 @@
 
 naive.py    every operation as it is defined
 cpu.py      the same in C++ (cpu.cpp), sixteen groups at a time
-triton.py   the same on CUDA
+triton.py   the same on CUDA, with triton_groups.py and triton_mvue.py
 
 All backends give the same bits, but where sums of eight weights tie up to rounding or overflow float32.
 """

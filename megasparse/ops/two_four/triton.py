@@ -1,9 +1,8 @@
 """2:4 sparsity in Triton. See naive.py, whose functions these are, for shapes.
 
-A lane has a group of four, or a block of 4x4, and nothing branches. A program has [ROWS, WIDTH] groups: WIDTH of them
-side by side in memory, in each of ROWS rows. Along the last dimension a thread loads as many groups as fill 16 bytes,
-and a group's mask is one word of four bytes; along another dimension it loads its four values from four rows, with the
-neighbours of each.
+A lane has a group of four, or a block of 4x4, and nothing branches. How groups lie in memory is in triton_groups.py;
+a group's mask along the last dimension is one word of four bytes. The kernel of gradients' estimates is in
+triton_mvue.py, all others and the functions that launch them are here.
 
 Arithmetic is naive.py's in float32, step by step: no product is added to, but by exact doubling, and divisions are
 IEEE's, so that no compiler rounds it otherwise.
@@ -21,9 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from megasparse.ops.two_four.naive import PAIRS
+from megasparse.ops.two_four.triton_groups import (
+    INFINITY,
+    INTERPRETED,
+    _join,
+    _join4,
+    _load,
+    _places,
+    _split,
+    _split4,
+    _store,
+    _tile,
+)
+from megasparse.ops.two_four.triton_mvue import _mvue
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-INFINITY = tl.constexpr(float("inf"))
 WARPS = 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,103 +44,6 @@ BITS = {  # of a value that is moved and not computed with: an integer of its si
     torch.float8_e4m3fn: torch.int8,
     torch.float8_e5m2: torch.int8,
 }
-
-
-# Groups in memory -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _tile(width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """This program's rows, int64 [ROWS, 1], and the first group that it has in each."""
-    across = tl.cdiv(width, WIDTH).to(tl.int32)
-    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return row[:, None], (tl.program_id(0) % across).to(tl.int64) * WIDTH
-
-
-@triton.jit
-def _places(row, first, rows, width, EACH: tl.constexpr, WIDTH: tl.constexpr):
-    """Of EACH elements of all groups, in rows of ``width`` groups that lie one after the other; and which are real."""
-    element = EACH * first + tl.arange(0, EACH * WIDTH)[None, :]
-    return row * (EACH * width) + element, (row < rows) & (element < EACH * width)
-
-
-@triton.jit
-def _columns(row, first, rows, width, WIDTH: tl.constexpr):
-    """Of the first elements of groups whose other three lie in the next three rows of ``width`` elements; and which
-    are real."""
-    column = first + tl.arange(0, WIDTH)[None, :]
-    return row * (4 * width) + column, (row < rows) & (column < width)
-
-
-@triton.jit
-def _split(x):
-    """[ROWS, 2 n] -> its even and its odd columns, [ROWS, n]."""
-    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-
-
-@triton.jit
-def _join(even, odd):
-    """The inverse of ``_split``."""
-    return tl.reshape(tl.join(even, odd), [even.shape[0], 2 * even.shape[1]])
-
-
-@triton.jit
-def _split4(x):
-    """[ROWS, 4 n] -> the four of each group, [ROWS, n]."""
-    even, odd = _split(x)
-    x0, x2 = _split(even)
-    x1, x3 = _split(odd)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def _join4(x):
-    return _join(_join(x[0], x[2]), _join(x[1], x[3]))
-
-
-@triton.jit
-def _wide(x):
-    """As float32."""
-    if INTERPRETED and x.dtype == tl.bfloat16:  # whose conversions lose what is denormal, and do not round
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """float32 as ``dtype``, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + (bits >> 16 & 1), 0x7FC00000)
-        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def _load(x, row, first, rows, width, LAST: tl.constexpr, WIDTH: tl.constexpr):
-    """The four values of each group, float32 [ROWS, WIDTH]."""
-    if LAST:
-        at, real = _places(row, first, rows, width, 4, WIDTH)
-        return _split4(_wide(tl.load(x + at, mask=real, other=0.0)))
-    at, real = _columns(row, first, rows, width, WIDTH)
-    return (
-        _wide(tl.load(x + at, mask=real, other=0.0)),
-        _wide(tl.load(x + at + width, mask=real, other=0.0)),
-        _wide(tl.load(x + at + 2 * width, mask=real, other=0.0)),
-        _wide(tl.load(x + at + 3 * width, mask=real, other=0.0)),
-    )
-
-
-@triton.jit
-def _store(y, values, row, first, rows, width, LAST: tl.constexpr, WIDTH: tl.constexpr):
-    dtype: tl.constexpr = y.dtype.element_ty
-    if LAST:
-        at, real = _places(row, first, rows, width, 4, WIDTH)
-        tl.store(y + at, _narrow(_join4(values), dtype), mask=real)
-    else:
-        at, real = _columns(row, first, rows, width, WIDTH)
-        for i in tl.static_range(4):
-            tl.store(y + at + i * width, _narrow(values[i], dtype), mask=real)
 
 
 # Masks ----------------------------------------------------------------------------------------------------------------
@@ -319,133 +232,6 @@ def _over(x, threshold):
     over = tl.abs(x) - threshold
     over = tl.where(over <= 0, 0.0, over)  # NaN stays
     return tl.where(x < 0, over * -1.0, over)  # in Triton -0 is 0 - 0 = 0
-
-
-@triton.jit(do_not_specialize=["seed", "first_group", "first_column"])
-def _mvue(
-    g, y, rows: tl.int64, width: tl.int64, groups: tl.int64, seed: tl.int64, first_group: tl.int64,
-    first_column: tl.int64, EXACT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """groups: how many there are along the dimension; a row has them for LAST, else one of each column."""
-    row, first = _tile(width, ROWS, WIDTH)
-    x0, x1, x2, x3 = _load(g, row, first, rows, width, LAST, WIDTH)
-    a = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
-    finite = _sum(a) < INFINITY
-    # Zero where no number is drawn; and so Triton draws them in the layout of what was loaded, not to move them there.
-    lane = tl.where(finite, first + tl.arange(0, WIDTH)[None, :], 0)
-    if LAST:
-        group, column = lane, row
-    else:
-        group, column = row % groups, row // groups * width + lane
-    group, column = (group + first_group).to(tl.uint32), (column + first_column).to(tl.uint32)
-    word0, word1, _, _ = tl.philox(seed, group, column, 0, 0)
-    values = _exact(a, _uniform(word0)) if EXACT else _approx(a, _uniform(word0), _uniform(word1))
-    nan = float("nan")
-    estimates = (
-        tl.where(finite, _signed(values[0], x0), nan),
-        tl.where(finite, _signed(values[1], x1), nan),
-        tl.where(finite, _signed(values[2], x2), 0.0),
-        tl.where(finite, _signed(values[3], x3), 0.0),
-    )
-    _store(y, estimates, row, first, rows, width, LAST, WIDTH)
-
-
-@triton.jit
-def _uniform(word):
-    """The upper 24 of 32 bits as a number in [0, 1)."""
-    return (word >> 8).to(tl.int32).to(tl.float32) * (1 / (1 << 24))
-
-
-@triton.jit
-def _signed(value, x):
-    return tl.where((x < 0) & (value > 0), -value, value)
-
-
-@triton.jit
-def _sum(a):
-    return ((a[0] + a[1]) + a[2]) + a[3]
-
-
-@triton.jit
-def _exact(a, u):
-    """See ``naive._exact``."""
-    low, high = tl.minimum(a[0], a[1]), tl.maximum(a[0], a[1])
-    lower, upper = tl.minimum(a[2], a[3]), tl.maximum(a[2], a[3])
-    a1, a4 = tl.minimum(low, lower), tl.maximum(high, upper)
-    inner, other = tl.maximum(low, lower), tl.minimum(high, upper)
-    a2, a3 = tl.minimum(inner, other), tl.maximum(inner, other)
-    three = (a1 + a2) + a3
-    total = three + a4
-    near = 2 * a1 + a3 > a4
-    width13 = tl.where(near, (2 * a1 + a3) - a4, 0.0)
-    width14 = tl.where(near, 2 * a1 + (a4 - a3), 4 * a1)
-    width23 = tl.where(near, (2 * a2 + a3) - a4, 2 * (three - a4))
-    width24 = tl.where(near, 2 * a2 + (a4 - a3), 2 * ((a2 - a1) + (a4 - a3)))
-    draw = u * (2 * total)
-    upto14 = width13 + width14
-    upto23 = upto14 + width23
-    upto24 = upto23 + width24
-    one = tl.where(draw < upto14, 0, tl.where(draw < upto24, 1, 2))
-    two = tl.where((draw < width13) | ((draw >= upto14) & (draw < upto23)), 2, 3)
-    alone = a4 > three
-    draw = u * three
-    one = tl.where(alone, tl.where(draw < a1, 0, tl.where(draw < a1 + a2, 1, 2)), one)
-    two = tl.where(alone, 3, two)
-    value_one, value_two = tl.where(alone, three, total * 0.5), tl.where(alone, a4, total * 0.5)
-    r0, r1, r2, r3 = _ranks(a)
-    return (
-        tl.where(a[0] > 0, tl.where(r0 == two, value_two, tl.where(r0 == one, value_one, 0.0)), 0.0),
-        tl.where(a[1] > 0, tl.where(r1 == two, value_two, tl.where(r1 == one, value_one, 0.0)), 0.0),
-        tl.where(a[2] > 0, tl.where(r2 == two, value_two, tl.where(r2 == one, value_one, 0.0)), 0.0),
-        tl.where(a[3] > 0, tl.where(r3 == two, value_two, tl.where(r3 == one, value_one, 0.0)), 0.0),
-    )
-
-
-@triton.jit
-def _ranks(a):
-    """Place of each of four in ascending order; of equals, the first comes first."""
-    a0, a1, a2, a3 = a
-    above01, above02, above03 = (a0 > a1).to(tl.int32), (a0 > a2).to(tl.int32), (a0 > a3).to(tl.int32)
-    above12, above13, above23 = (a1 > a2).to(tl.int32), (a1 > a3).to(tl.int32), (a2 > a3).to(tl.int32)
-    return (
-        above01 + above02 + above03,
-        1 - above01 + above12 + above13,
-        2 - above02 - above12 + above23,
-        3 - above03 - above13 - above23,
-    )
-
-
-@triton.jit
-def _approx(a, u, v):
-    """See ``naive._approx``."""
-    a0, a1, a2, a3 = a
-    first = _drawn(a, u)
-    rest = (
-        tl.where(first == 0, 0.0, a0),
-        tl.where(first == 1, 0.0, a1),
-        tl.where(first == 2, 0.0, a2),
-        tl.where(first == 3, 0.0, a3),
-    )
-    second = _drawn(rest, v)
-    o0 = tl.where(a0 > 0, tl.div_rn(a0, (a1 + a2) + a3), 0.0)
-    o1 = tl.where(a1 > 0, tl.div_rn(a1, (a0 + a2) + a3), 0.0)
-    o2 = tl.where(a2 > 0, tl.div_rn(a2, (a0 + a1) + a3), 0.0)
-    o3 = tl.where(a3 > 0, tl.div_rn(a3, (a0 + a1) + a2), 0.0)
-    total = _sum(a)
-    return (
-        tl.where(((first == 0) | (second == 0)) & (a0 > 0), tl.div_rn(total, 1 + ((o1 + o2) + o3)), 0.0),
-        tl.where(((first == 1) | (second == 1)) & (a1 > 0), tl.div_rn(total, 1 + ((o0 + o2) + o3)), 0.0),
-        tl.where(((first == 2) | (second == 2)) & (a2 > 0), tl.div_rn(total, 1 + ((o0 + o1) + o3)), 0.0),
-        tl.where(((first == 3) | (second == 3)) & (a3 > 0), tl.div_rn(total, 1 + ((o0 + o1) + o2)), 0.0),
-    )
-
-
-@triton.jit
-def _drawn(a, u):
-    """Which of four, in proportion to ``a``."""
-    draw = u * _sum(a)
-    place = (draw >= a[0]).to(tl.int32) + (draw >= a[0] + a[1]).to(tl.int32)
-    return place + (draw >= (a[0] + a[1]) + a[2]).to(tl.int32)
 
 
 # Packed rows ----------------------------------------------------------------------------------------------------------

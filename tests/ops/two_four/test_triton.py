@@ -2,101 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megasparse.ops import two_four
+from tests.ops.two_four.cases import BF16, F16, F32, check, run, values
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 REPORT = Path(__file__).parents[3] / "tools/bench/kernel_report.md"
-
-# Shape and dimension: one group; rows that are cut into several programs, and programs that are not full, along each
-# dimension; a width at which loads are vectors, and none.
-CASES = [
-    ((4,), 0),
-    ((5, 12), 1),
-    ((2, 1060), -1),
-    ((12, 5), 0),
-    ((3, 8, 48), 1),
-    ((2, 4, 1100), -2),
-    ((4, 3, 2, 2), 0),
-    ((3, 0), 1),
-]
 MATRICES = [(4, 4), (3, 12, 20), (8, 1040), (0, 4, 8)]
-
-
-def values(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Gaussian, or tied: small integers, many of them 0, so that sums are exact. "special" puts zeros of both signs,
-    infinities, NaN, the smallest and the largest number between tied ones."""
-    generator = torch.Generator().manual_seed(math.prod(shape))
-    if kind == "gaussian":
-        return torch.randn(shape, generator=generator).to(dtype)
-    tied = torch.randint(-2, 3, shape, generator=generator).to(dtype)
-    if kind == "tied":
-        return tied
-    info = torch.finfo(dtype)
-    rare = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, info.smallest_normal / 4, -info.smallest_normal, info.max]
-    which = torch.randint(0, 24, shape, generator=generator)
-    return torch.where(which < len(rare), torch.tensor(rare, dtype=dtype)[which % len(rare)], tied)
-
-
-def assert_same_bits(ours: Any, reference: Any) -> None:
-    """But for those of a NaN, of which there is one."""
-    if isinstance(reference, tuple | list):
-        for pair in zip(ours, reference, strict=True):
-            assert_same_bits(*pair)
-        return
-    assert (ours.dtype, ours.shape) == (reference.dtype, reference.shape)
-    if reference.is_floating_point():
-        nan = ours.float().isnan()
-        assert torch.equal(nan, reference.float().isnan())
-        ours, reference = (x.view(INTEGERS[x.element_size()]).masked_fill(nan, 0) for x in (ours, reference))
-    assert torch.equal(ours, reference)
-
-
-def run(function: str, *inputs: Tensor, **settings: Any) -> Any:
-    warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of infinities and NaN in the interpreter
-    return getattr(two_four, function)(*inputs, **settings)
-
-
-def check(
-    interpreter: ProcessPoolExecutor, function: str, *inputs: Tensor, reference: str = "naive", **settings: Any
-) -> None:
-    ours = interpreter.submit(run, function, *inputs, backend="triton", **settings).result()
-    assert_same_bits(ours, run(function, *inputs, backend=reference, **settings))
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "tied", "special"])
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-def test_groups_along_every_dimension(interpreter: ProcessPoolExecutor, dtype: torch.dtype, kind: str) -> None:
-    for shape, dim in CASES:
-        w = values(kind, shape, dtype)
-        check(interpreter, "prune_24", w, dim)
-        check(interpreter, "soft_threshold_24", w, dim)
-
-
-@pytest.mark.parametrize("method", ["exact", "approx"])
-@pytest.mark.parametrize("kind", ["gaussian", "tied", "special"])
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-def test_estimates(interpreter: ProcessPoolExecutor, dtype: torch.dtype, kind: str, method: str) -> None:
-    for shape, dim in CASES:
-        check(interpreter, "mvue_24", values(kind, shape, dtype), dim, method=method, seed=2**63 + 5)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**64 - 1])
-@pytest.mark.parametrize("start", [(3, 1), (2**32 - 1, 2**31 + 7)])
-def test_seeds_and_parts_of_a_matrix(interpreter: ProcessPoolExecutor, seed: int, start: tuple[int, int]) -> None:
-    for shape, dim in ((3, 40), 1), ((16, 6), 0):
-        check(interpreter, "mvue_24", values("gaussian", shape, F32), dim, seed=seed, start=start)
 
 
 @pytest.mark.parametrize("method", ["exact", "greedy"])
@@ -137,13 +54,6 @@ def test_packing_keeps_every_bit(interpreter: ProcessPoolExecutor) -> None:
         check(interpreter, "pack_24", w)
         again = interpreter.submit(run, "unpack_24", *two_four.pack_24(w), backend="triton").result()
         assert torch.equal(again.float().nan_to_num(7), w.float().nan_to_num(7))
-
-
-def test_what_is_not_contiguous(interpreter: ProcessPoolExecutor) -> None:
-    w = values("tied", (20, 24), F32).mT
-    check(interpreter, "prune_24", w)
-    check(interpreter, "transposable_mask", w)
-    check(interpreter, "pack_24", two_four.prune_24(w)[0].mT.contiguous().mT)
 
 
 def test_refuses_float64(interpreter: ProcessPoolExecutor) -> None:
