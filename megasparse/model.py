@@ -35,8 +35,9 @@ from megasparse.layers.norms import FullWidthRMSNorm, HeadRMSNorm, LayerNorm, RM
 from megasparse.layers.nsa import Branches, NativeSparseAttention, PostNormBranches
 from megasparse.layers.rope import RotaryEmbedding, attention_factor
 from megasparse.layers.step import StepState
+from megasparse.layout import stage_layers
 from megasparse.placement import local_weights
-from megasparse.topology import Topology, stage_layers
+from megasparse.topology import Topology
 
 # It warns, layer by layer, of every mlp that is not one of its own classes.
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)

@@ -18,9 +18,6 @@ import torch.distributed as dist
 
 from megasparse import platform
 from megasparse.layout import Layout
-from megasparse.layout import check_layout as check_layout
-from megasparse.layout import notes as notes
-from megasparse.layout import stage_layers as stage_layers
 
 Group = dist.ProcessGroup
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megasparse import hopper, platform, topology
+from megasparse import layout as layouts
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.load import check_resumable, load
 from megasparse.checkpoint.save import Saver
@@ -48,7 +49,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
     training = recipe.training
     platform.activate()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    layout = topology.check_layout(recipe, world_size)
+    layout = layouts.check_layout(recipe, world_size)
     data = TrainingData(recipe.data, training.seed)
     validation = ValidationWindows(recipe.data)
     vocab_size = vocabulary(recipe, data.vocab_size)
@@ -70,7 +71,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
         write_environment(run_dir, recipe, {name: source.identity for name, source in sources.items() if source})
     log = MetricsLogger(run_dir, recipe, first_step + 1, place.rank)
     announce(log, recipe, place, vocab_size, checkpoint)
-    for note in [*topology.notes(recipe), *sparsity.notes(recipe, chunks), *hopper.notes(recipe)]:
+    for note in [*layouts.notes(recipe), *sparsity.notes(recipe, chunks), *hopper.notes(recipe)]:
         log.say(note)
     if initial:
         log.say(about_initial(recipe, initial, fresh))

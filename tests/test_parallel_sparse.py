@@ -113,7 +113,7 @@ TWO_FOUR = {
     ("sparsity", "layout"),
     [
         *[("transposable", layout) for layout in ("tp2+sp", "ep2", "dp2+zero2", "dp2+offload")],
-        *[("ast", layout) for layout in ("tp2+sp", "pp2vp2", "cp2", "ep2", "dp2+zero0", "tp2pp2ep2")],
+        *[("ast", layout) for layout in ("tp2+sp", "pp2vp2", "cp2", "ep2", "dp2+zero0", "dp2+zero2", "tp2pp2ep2")],
         *[("mvue", layout) for layout in ("tp2+sp", "pp2vp2", "tp2cp2", "dp2")],
         ("s_ste", "ep2"),
     ],

@@ -21,13 +21,13 @@ def _process(interpret: str) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, get_context("spawn"), initializer=_start, initargs=(interpret,))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
     with _process("1") as process:
         yield process
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiler() -> Iterator[ProcessPoolExecutor]:
     with _process("0") as process:
         yield process
