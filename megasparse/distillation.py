@@ -69,6 +69,8 @@ class Teacher:
         """``chunks``: of the model that ``recipe``, a teacher_recipe, says, trained."""
         self.settings, self.recipe, self.topology = settings, recipe, topology
         self.chunks = chunks.eval().requires_grad_(False)
+        for parameter in chunks.parameters():  # as DeepSpeed casts the student's: megatron-core makes some in float32
+            parameter.data = parameter.data.to(platform.DTYPES[recipe.training.precision])
 
     def objective(self, cross_entropy: Tensor, divergence: Tensor) -> Tensor:
         """What is differentiated, of the sums of both over tokens, in nats."""

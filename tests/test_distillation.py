@@ -192,6 +192,18 @@ def test_weight_0_is_no_teacher(single: topology.Topology, tmp_path: Path) -> No
     assert half[0][1] != none[0][1], "another weight is seen"
 
 
+def test_a_teacher_computes_in_the_precision_of_training(single: topology.Topology) -> None:
+    """In bf16 a student is its own teacher to the last bit. megatron-core makes some weights in float32, as learned
+    positions, and torch's LayerNorm refuses to mix."""
+    how = {"position_embedding": "learned", "normalization": "LayerNorm"}
+    plain = small.recipe(how, {}, training={"precision": "bf16"}, parallel={"zero_stage": 1})
+    recipe = with_teacher(plain, weight=0.5)
+    teacher = teach(recipe, plain, single)
+    engine = engine_of(recipe, single, teacher)
+    assert {p.dtype for p in teacher.chunks.parameters()} == {p.dtype for p in engine.chunks.parameters()}
+    assert engine.train_step(small.batches(recipe, 0), 0, 1e-3).distillation["distillation_loss"] == 0.0
+
+
 def steps(recipe: Recipe, count: int) -> list[tuple[int, list[Batch]]]:
     return [(step, small.batches(recipe, step)) for step in range(count)]
 

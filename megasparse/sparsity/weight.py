@@ -184,9 +184,12 @@ class SparseWeight(nn.Module):
     @torch.no_grad()
     def decay_after_adam(self, weight: Tensor, second_moment: Tensor, start: int, decay: float, eps: float) -> None:
         """weight -= decay * weight / (sqrt(second_moment) + eps) where masked: AST's decay, which is no part of Adam's
-        momentum. second_moment: Adam's, corrected for its start; all from ``start`` on."""
+        momentum. second_moment: Adam's, corrected for its start; all from ``start`` on. No further than to 0: where
+        gradients are as small as the decay, as an expert's without tokens, the quotient would pass 1, then 2, and the
+        weight would grow until a mask takes it in."""
         masked = ~self.mask.view(-1)[start : start + len(weight)]
-        weight.addcdiv_(weight * masked, second_moment.sqrt().add_(eps), value=-decay)
+        share = torch.full_like(second_moment, decay).div_(second_moment.sqrt().add_(eps)).clamp_(max=1.0)
+        weight.addcmul_(weight * masked, share, value=-1.0)
 
 
 def sparse_weights(module: nn.Module) -> Iterator[SparseWeight]:

@@ -224,3 +224,17 @@ def test_kernels_that_cannot_run_are_refused() -> None:
     """Without CUDA for want of it, with CUDA for float32."""
     with pytest.raises(ValueError, match="through the door semi_structured are asked for, but "):
         sparse(gaussian(8, 16), method="ste", products="semi_structured")
+
+
+def test_asts_decay_goes_no_further_than_0() -> None:
+    """Where Adam's second moment is as good as 0, as of an expert without tokens: W would turn its sign and grow."""
+    weight = gaussian(8, 16)
+    module = sparse(weight, method="ast", decay=1e-4)
+    module.begin_step(0, 10)
+    before, masked = weight.detach().clone(), ~module.mask
+    moment = torch.full((8, 16), 1e-6).index_fill_(0, torch.tensor([0, 5]), 0.0)
+    module.decay_after_adam(weight.data.view(-1), moment.view(-1), 0, 1e-7, 1e-8)
+    share = torch.tensor([1.0 if row in (0, 5) else 1e-7 / (1e-3 + 1e-8) for row in range(8)])
+    expected = torch.where(masked, before * (1 - share[:, None]), before)
+    assert_close(weight, expected, 1e-6)
+    assert not weight[[0, 5]][masked[[0, 5]]].any()
