@@ -33,7 +33,7 @@ from megasparse.layers import apex, fp8
 from megasparse.layers.step import StepState, attention_observations, auxiliary_losses
 from megasparse.model import GPTModel, moe_layers
 from megasparse.optimizer import adamw, bf16_optimizer
-from megasparse.placement import Weight, local_weights
+from megasparse.placement import Weight, is_expert, local_weights
 from megasparse.pruning import PlaceInAdam, SparseWeights
 from megasparse.sparsity.weight import Refresh
 from megasparse.topology import MegatronMPU, Topology
@@ -349,7 +349,7 @@ class Engine:
             if gradient is None or fragment.weight.copy:
                 continue
             square = torch.linalg.vector_norm(gradient.float()).double().square().cpu()
-            if not getattr(parameter, "allreduce", True):
+            if is_expert(parameter):
                 experts += square
             elif getattr(parameter, "tensor_model_parallel", False) or self.topology.tp_rank == 0:
                 dense += square

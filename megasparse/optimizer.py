@@ -13,6 +13,7 @@ from deepspeed.ops.op_builder.builder import MissingCUDAException
 
 from megasparse import platform
 from megasparse.config import Recipe
+from megasparse.placement import is_expert
 
 
 def adamw(recipe: Recipe, chunks: nn.Module) -> torch.optim.Optimizer:
@@ -57,7 +58,7 @@ def parameter_groups(chunks: nn.Module, weight_decay: float) -> list[dict[str, A
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     parameter: Any
     for parameter in chunks.parameters():
-        decayed, expert = parameter.dim() > 1, not getattr(parameter, "allreduce", True)
+        decayed, expert = parameter.dim() > 1, is_expert(parameter)
         if (decayed, expert) not in groups:
             moe = {"moe": True, "name": parameter.group_name} if expert else {}
             groups[decayed, expert] = {"params": [], "weight_decay": weight_decay if decayed else 0.0, **moe}

@@ -36,6 +36,11 @@ class Weight:
     copy: bool = False  # the last stage's copy of a tied embedding: the first stage's is the one that counts
 
 
+def is_expert(parameter: Any) -> bool:
+    """Is it of experts, split over expert parallelism? DeepSpeed's mark, set by MoELayer; others have none."""
+    return not getattr(parameter, "allreduce", True)
+
+
 def blocks(weight: Weight, start: int, flat: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """A flat range of a local weight, elements ``start`` .. start + len(flat), as rectangles of the whole weight:
     (offsets in the whole, view of ``flat``)."""
@@ -109,7 +114,7 @@ def _global_name(chunk: Any, name: str) -> str:
 def _place(parameter: Any, topology: Topology, rows: int | None) -> tuple[tuple[int, ...], tuple[Slab, ...]]:
     """Shape of the whole, and the slabs held here. A SwiGLU's gate and up halves are split each by itself: stride 2."""
     local = tuple(parameter.shape)
-    if not getattr(parameter, "allreduce", True):  # experts, over expert parallelism
+    if is_expert(parameter):
         split, rank, size, stride, dim = True, topology.ep_rank, topology.ep, 1, 0
     else:
         split, rank, size = getattr(parameter, "tensor_model_parallel", False), topology.tp_rank, topology.tp

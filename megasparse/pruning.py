@@ -13,6 +13,7 @@ from torch import Tensor
 from megasparse import schedule
 from megasparse.config import Recipe
 from megasparse.layers.wanda import measure_inputs
+from megasparse.placement import is_expert
 from megasparse.sparsity.weight import Refresh, SparseWeight, sparse_weights
 from megasparse.topology import Topology
 
@@ -71,7 +72,7 @@ class SparseWeights:
             measure_inputs(self.chunks, self.topology, calibrate)
             self.chunks.train()
         for weight, sparse in self.of.items():
-            copies = self.topology.replicas if getattr(weight, "allreduce", True) else self.topology.expert_dp
+            copies = self.topology.expert_dp if is_expert(weight) else self.topology.replicas
             total.add(sparse.begin_step(step, self.steps), 1 / copies)
         if first and self.sparsity.boost:  # boosts were given their first values: the optimizer's copies follow
             boosts = {sparse.boost for sparse in self.of.values()}
