@@ -29,12 +29,13 @@ from megasparse import platform
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
 from megasparse.distillation import Teacher
-from megasparse.layers import apex, fp8
+from megasparse.fragments import Fragments
+from megasparse.layers import apex, fp8, te
 from megasparse.layers.step import StepState, attention_observations, auxiliary_losses
 from megasparse.model import GPTModel, moe_layers
 from megasparse.optimizer import adamw, bf16_optimizer
-from megasparse.placement import Weight, is_expert, local_weights
-from megasparse.pruning import PlaceInAdam, SparseWeights
+from megasparse.placement import local_weights
+from megasparse.pruning import SparseWeights
 from megasparse.sparsity.weight import Refresh
 from megasparse.topology import MegatronMPU, Topology
 
@@ -61,18 +62,6 @@ class StepResult:
     Else empty."""
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """A range of a weight, from element ``start`` of the flattened local weight on, as an optimizer holds it. All
-    tensors are flat views of it, [n]: writing into them changes the optimizer."""
-
-    weight: Weight
-    start: int
-    master: Tensor  # float32
-    gradient: Tensor | None  # reduced over every rank, times the loss scale; only between backward and the step
-    state: dict[str, Tensor]  # Adam's exp_avg and exp_avg_sq; empty before the first step
-
-
 class Engine:
     """The model of this rank under DeepSpeed: ``train_step``, ``evaluate``, and the module for checkpoints."""
 
@@ -97,8 +86,9 @@ class Engine:
                 config=deepspeed_config(recipe, topology),
                 mpu=MegatronMPU(),
             )
+        self.fragments = Fragments(recipe, topology, chunks, self.adam, self.optimizer)
         # DeepSpeed's own norms wait for stages that have no experts and count by their own rules.
-        if self._partitioned:
+        if self.fragments.partitioned:
             self.optimizer.scaled_global_norm = self._scaled_global_norm
         elif bf16_optimizer(recipe):
             self.optimizer.step = self._bf16_step
@@ -109,8 +99,8 @@ class Engine:
             self.config.grad_scale_func = lambda loss: loss * self.optimizer.loss_scale
         self.before_step: Callable[[], None] | None = None  # to look at gradients: reduced, not yet clipped
         self._moe = moe_layers(chunks)
-        self._fp8 = fp8.fp8_scales(chunks)
-        self.sparse_weights = SparseWeights(recipe, topology, chunks, self.adam, self._place_in_adam)
+        self._fp8, self._te_scales = fp8.fp8_scales(chunks), te.delayed_scales(chunks)
+        self.sparse_weights = SparseWeights(recipe, topology, chunks, self.adam, self.fragments)
         self._partial = [
             weight.tensor
             for weight in local_weights(chunks, topology)
@@ -127,7 +117,7 @@ class Engine:
         """One optimizer step (``step`` counts from 0) on this rank's micro-batches."""
         self.chunks.train()
         calibrate = partial(self._forward_backward, batches, 1.0, forward_only=True)
-        refresh = self.sparse_weights.begin_step(step, calibrate, self.fragments)
+        refresh = self.sparse_weights.begin_step(step, calibrate)
         self.step_state.begin(step, self.recipe.training.steps, len(batches))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -138,7 +128,7 @@ class Engine:
         self.sparse_weights.end_step()
         statistics = self._reduce_statistics(losses, tokens, refresh)
         loss_scale = self.loss_scale()
-        self._norm = self._gradient_norm()
+        self._norm = self.fragments.gradient_norm()
         finite = math.isfinite(statistics.loss) and math.isfinite(self._norm)
         if self.before_step is not None:
             self.before_step()
@@ -146,6 +136,8 @@ class Engine:
         for layer, moe in self._moe:
             moe.router.end_step(statistics.expert_tokens[layer] if finite else None)
         fp8.end_step(self._fp8, self.topology.stage_group, done=finite)
+        for scales in self._te_scales:
+            scales.take(self._te_unit())
         is_moe = torch.tensor(self.recipe.model.moe_layers)
         routed = statistics.expert_tokens.sum().item()
         return StepResult(
@@ -260,13 +252,13 @@ class Engine:
 
     def _clip_and_step(self, finite: bool) -> None:
         """Scale the gradients to ``clip_grad`` and step; a step that is not finite only clears them."""
-        if self._partitioned:
+        if self.fragments.partitioned:
             self.deepspeed.step()  # clips and skips by _scaled_global_norm, and moves the loss scale
         elif finite:
             limit = self.recipe.optimizer.clip_grad
             coefficient = limit / (self._norm + 1e-6) if limit > 0 else 1.0
             if coefficient < 1:
-                torch._foreach_mul_([f.gradient for f in self.fragments() if f.gradient is not None], coefficient)
+                torch._foreach_mul_([f.gradient for f in self.fragments if f.gradient is not None], coefficient)
             self.deepspeed.step()
         else:
             self.optimizer.zero_grad()
@@ -291,75 +283,19 @@ class Engine:
         bf16.update_lp_params()
         bf16.clear_hp_grads()
 
-    @property
-    def _partitioned(self) -> bool:
-        """Does DeepSpeed hold only this rank's partition of the reduced gradients (its fp32/fp16 ZeRO optimizer)?"""
-        return hasattr(self.optimizer, "averaged_gradients")
-
-    def fragments(self) -> Iterator[Fragment]:
-        """What this rank's optimizer holds, weight by weight: under ZeRO a range of each weight or none of it, else
-        all of it. The last stage's copy of a tied embedding is among them."""
-        for weight in local_weights(self.chunks, self.topology):
-            parameter: Any = weight.tensor
-            place = self._place_in_adam(parameter)
-            if place is not None:
-                state = {
-                    name: place.of(value)
-                    for name, value in self.adam.state.get(place.owner, {}).items()
-                    if torch.is_tensor(value) and value.shape == place.owner.shape
-                }
-                yield Fragment(weight, place.start, place.of(place.owner), self._fragment_gradient(parameter), state)
-
-    def _place_in_adam(self, parameter: Any) -> PlaceInAdam | None:
-        """Where AdamW holds this rank's part of a parameter; None where it has no part of it."""
-        if self.recipe.parallel.zero_stage == 0:
-            return PlaceInAdam(parameter, 0, 0, parameter.numel())
-        link = parameter._hp_mapping
-        if link is None:
-            return None
-        group, there = link.param_group_index, link.hp_fragment_address
-        flat = (
-            self.optimizer.single_partition_of_fp32_groups
-            if self._partitioned
-            else self.optimizer.fp32_groups_flat_partition
-        )
-        return PlaceInAdam(flat[group], there.start, link.lp_fragment_address.start, there.numel)
-
-    def _fragment_gradient(self, parameter: Any) -> Tensor | None:
-        if self.recipe.parallel.zero_stage == 0:
-            return None if parameter.grad is None else parameter.grad.view(-1)
-        link = parameter._hp_mapping
-        group, there = link.param_group_index, link.hp_fragment_address
-        if not self._partitioned:  # DeepSpeed's bf16 optimizer keeps the whole local gradient, from the first one on
-            if not hasattr(parameter, "_hp_grad"):
-                return None
-            return parameter._hp_grad.view(-1).narrow(0, link.lp_fragment_address.start, there.numel)
-        if self.recipe.parallel.offload_optimizer:
-            gradient = self.optimizer.single_partition_of_fp32_groups[group].grad
-            return None if gradient is None else gradient.narrow(0, there.start, there.numel)
-        parts = self.optimizer.averaged_gradients.get(group)
-        return None if parts is None else parts[parameter._index_in_param_group].view(-1)
-
-    def _gradient_norm(self) -> float:
-        """sqrt of the sum of squares over the whole model, each weight once: one all-reduce over the world."""
-        dense = torch.zeros((), dtype=torch.float64)
-        experts = torch.zeros((), dtype=torch.float64)
-        for fragment in self.fragments():
-            gradient, parameter = fragment.gradient, fragment.weight.tensor
-            if gradient is None or fragment.weight.copy:
-                continue
-            square = torch.linalg.vector_norm(gradient.float()).double().square().cpu()
-            if is_expert(parameter):
-                experts += square
-            elif getattr(parameter, "tensor_model_parallel", False) or self.topology.tp_rank == 0:
-                dense += square
-        if self.recipe.parallel.zero_stage == 0:  # every replica counted the same gradient
-            dense, experts = dense / self.topology.replicas, experts / self.topology.expert_dp
-        return math.sqrt(self._all_reduce([(dense + experts).item()], None)[0])
-
     def _scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """What DeepSpeed's ZeRO optimizer clips and checks by (still times the loss scale)."""
         return torch.tensor(self._norm if math.isfinite(self._norm) else math.inf)
+
+    def follow_loaded(self) -> None:
+        """After the optimizer's and the buffers' tensors were written into: what the model computes with follows."""
+        if self.recipe.parallel.zero_stage > 0:
+            self.optimizer.update_lp_params()
+        for scales in self._te_scales:
+            scales.give(self._te_unit())
+
+    def _te_unit(self) -> float:
+        return te.gradient_unit(self.recipe, self.topology.replicas, self.loss_scale())
 
     def loss_scale(self) -> float:
         """What fp16 gradients are multiplied by; 1 in the other precisions."""

@@ -293,7 +293,7 @@ class Linears:
 
     def _of_te(self, name: str, layer: type) -> Any:
         product = self._product(name)
-        return layer if product.sparsity is None else te.sparse(layer, product, self.topology.tp_group)
+        return te.linear(layer, product, self.topology.tp_group)
 
     def _product(self, name: str) -> Product:
         sparsity, fp8 = self._sparsity(f"{name}.weight"), self.fp8_of(f"{name}.weight")

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from megasparse.layers.fp8 import Fp8Scales
+from megasparse.layers.fp8 import Fp8State
 from megasparse.sparsity.weight import SparseWeight
 from megasparse.topology import Topology
 
@@ -155,7 +155,7 @@ def _place_beside(buffer: Tensor, module: nn.Module, topology: Topology) -> tupl
                 tuple(sizes[d] for d in dims[buffer.shape]) for sizes in (first.shape, first.offsets, shape)
             )
             return whole, (Slab(0, part, offsets),)
-    if isinstance(module, Fp8Scales) and module.experts is not None:
+    if isinstance(module, Fp8State) and module.experts is not None:
         experts, here = module.experts
         leading = buffer.shape[:-2]
         return (*leading, experts, buffer.shape[-1]), (

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from megasparse import schedule
 from megasparse.config import Recipe
+from megasparse.fragments import Fragments, PlaceInAdam
 from megasparse.layers.wanda import measure_inputs
 from megasparse.placement import is_expert
 from megasparse.sparsity.weight import Refresh, SparseWeight, sparse_weights
 from megasparse.topology import Topology
-
-if TYPE_CHECKING:
-    from megasparse.engine import Fragment
-
-
-@dataclass(frozen=True)
-class PlaceInAdam:
-    """Of a weight in AdamW: elements ``offset`` .. ``offset + size`` of the flattened ``owner``, one of its parameters,
-    are those from ``start`` on of the flattened local weight."""
-
-    owner: Tensor
-    offset: int
-    start: int
-    size: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Its elements of ``owner``, or of a tensor like that: a view, [size]."""
-        return tensor.detach().view(-1)[self.offset : self.offset + self.size]
 
 
 class SparseWeights:
@@ -43,11 +24,11 @@ class SparseWeights:
         topology: Topology,
         chunks: nn.ModuleList,
         adam: torch.optim.Optimizer,
-        place_in_adam: Callable[[Tensor], PlaceInAdam | None],
+        fragments: Fragments,
     ) -> None:
-        """``place_in_adam`` says where ``adam`` holds this process's part of a parameter, None where it has none."""
+        """fragments: of ``adam``."""
         self.sparsity, self.steps = recipe.sparsity.weights, recipe.training.steps
-        self.chunks, self.topology, self.place_in_adam = chunks, topology, place_in_adam
+        self.chunks, self.topology, self.fragments = chunks, topology, fragments
         self.of = {sparse.weight[0]: sparse for sparse in sparse_weights(chunks)}
         self.decay = 0.0  # of masked weights, in the current step
         if self.sparsity is not None and self.sparsity.method == "sr_ste":
@@ -55,13 +36,10 @@ class SparseWeights:
         if self.sparsity is not None and self.sparsity.method == "ast":
             adam.register_step_post_hook(self._decay_after_adam)
 
-    def begin_step(
-        self, step: int, calibrate: Callable[[], Any], fragments: Callable[[], Iterable[Fragment]]
-    ) -> Refresh:
+    def begin_step(self, step: int, calibrate: Callable[[], Any]) -> Refresh:
         """Make masks anew where they are due; returns this rank's share in what changed.
 
-        ``calibrate`` runs the model forward on the step's samples, for Wanda's score; ``fragments`` are the
-        optimizer's."""
+        ``calibrate`` runs the model forward on the step's samples, for Wanda's score."""
         total = Refresh()
         if self.sparsity is None:
             return total
@@ -76,7 +54,7 @@ class SparseWeights:
             total.add(sparse.begin_step(step, self.steps), 1 / copies)
         if first and self.sparsity.boost:  # boosts were given their first values: the optimizer's copies follow
             boosts = {sparse.boost for sparse in self.of.values()}
-            for fragment in fragments():
+            for fragment in self.fragments:
                 if fragment.weight.tensor in boosts:
                     flat = fragment.weight.tensor.detach().view(-1)
                     fragment.master.copy_(flat[fragment.start : fragment.start + len(fragment.master)])
@@ -109,6 +87,6 @@ class SparseWeights:
             return
         stepping = {parameter for group in adam.param_groups for parameter in group["params"]}
         for weight, sparse in self.of.items():
-            place = self.place_in_adam(weight)
+            place = self.fragments.place(weight)
             if place is not None and place.owner in stepping:
                 yield sparse, place

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megasparse import topology
 from megasparse.config import Recipe
-from megasparse.engine import Engine, Fragment
+from megasparse.engine import Engine
+from megasparse.fragments import Fragment
 from megasparse.model import build_model
 from tests import small
 from tests.helpers import assert_close
@@ -37,7 +38,7 @@ def one_step(engine: Engine) -> tuple[Tensor, Tensor, Tensor, float]:
     gradients: list[Tensor] = []
 
     def fragment() -> Fragment:
-        return next(fragment for fragment in engine.fragments() if fragment.weight.name == NAME)
+        return next(fragment for fragment in engine.fragments if fragment.weight.name == NAME)
 
     def look() -> None:
         gradient = fragment().gradient
@@ -92,10 +93,10 @@ def test_a_boost_is_the_optimizers_too(single: topology.Topology) -> None:
     before = {}
     for step in range(4):
         engine.before_step = lambda: before.update(  # after masks are made, before Adam
-            {f.weight.name: f.master.clone() for f in engine.fragments() if f.weight.name.endswith("boost")}
+            {f.weight.name: f.master.clone() for f in engine.fragments if f.weight.name.endswith("boost")}
         )
         engine.train_step(small.batches(engine.recipe, step), step, LR)
-        boosts = {f.weight.name: f.master for f in engine.fragments() if f.weight.name.endswith("boost")}
+        boosts = {f.weight.name: f.master for f in engine.fragments if f.weight.name.endswith("boost")}
         assert len(boosts) == 4
         for name, boost in boosts.items():
             assert before[name].any() == boost.any() == (step >= 2), name

@@ -99,7 +99,7 @@ def tensors(engine: Engine, copies: bool) -> dict[str, Sharded]:
     stage's copy of a tied embedding, which is loaded but not saved."""
     found: dict[str, Sharded] = {}
     _anticipate_first_step(engine)
-    for fragment in engine.fragments():
+    for fragment in engine.fragments:
         weight = fragment.weight
         if weight.copy and not copies:
             continue
@@ -158,13 +158,7 @@ def finish_loading(engine: Engine, loaded: dict[str, Any]) -> None:
         engine.adam.state[parameter]["step"].fill_(loaded["adam_steps"])
     for name, value in (loaded["loss_scaler"] or {}).items():
         setattr(engine.optimizer.loss_scaler, name, value)
-    follow_master_weights(engine)
-
-
-def follow_master_weights(engine: Engine) -> None:
-    """The weights that the model computes with, from the master weights."""
-    if engine.recipe.parallel.zero_stage > 0:
-        engine.optimizer.update_lp_params()
+    engine.follow_loaded()
 
 
 # Random generators ----------------------------------------------------------------------------------------------------

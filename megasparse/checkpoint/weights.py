@@ -12,7 +12,6 @@ from megasparse.checkpoint.load import check_tensors, differences, read, verify
 from megasparse.checkpoint.reader import Reader
 from megasparse.checkpoint.state import (
     Sharded,
-    follow_master_weights,
     random_state,
     set_random_state,
     tensors,
@@ -22,13 +21,14 @@ from megasparse.config import Recipe, parse_recipe
 from megasparse.distillation import Teacher, teacher_recipe
 from megasparse.engine import Engine
 from megasparse.files import sha256_of_file
+from megasparse.layers import te
 from megasparse.model import build_model
 from megasparse.topology import Topology
 
 MODEL = "model."  # what the names of weights and buffers begin with
 # What a run may add to the model that it begins with, and that starts as in a new model: the state of weight sparsity
 # (masks, scales, input norms, boosts) and of FP8, and what only chooses blocks of attention (gates, centroids).
-FRESH = re.compile(r"\.sparsity\.|\.fp8\.|\.core_attention\.(gate|centroids)\.")
+FRESH = re.compile(r"\.sparsity\.|\.fp8_scales\.|\.core_attention\.(gate|centroids)\.")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def load_initial(engine: Engine, source: Source) -> list[str]:
     used or of another shape."""
     state = {name: t for name, t in tensors(engine, copies=True).items() if name.startswith(MODEL)}
     fresh = _load(source.path, state, FRESH)
-    follow_master_weights(engine)
+    engine.follow_loaded()
     return fresh
 
 
@@ -107,6 +107,8 @@ def load_teacher(recipe: Recipe, source: Source, topology: Topology, vocab_size:
     chunks, state = build_model(source.recipe, topology, vocab_size)
     set_random_state(random)
     _load(source.path, weights(chunks, topology))
+    for scales in te.delayed_scales(chunks):
+        scales.give(unit=1)  # it has no gradients
     state.begin(source.step - 1, source.recipe.training.steps, 1)
     return Teacher(recipe.training.teacher, source.recipe, topology, chunks)
 

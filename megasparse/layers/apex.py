@@ -38,7 +38,9 @@ def add_gradients_in_place(chunks: nn.Module, sums: dict[Tensor, Tensor]) -> Non
     autograd gets none. Those of a 2:4 weight or in FP8 are made otherwise and stay as they are."""
     layer: Any
     for layer in chunks.modules():
-        plain = isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and not (layer.sparsity or layer.fp8)
+        plain = isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and not (
+            layer.sparsity or layer.fp8_scales
+        )
         if plain and layer.weight in sums:
             layer.gradient_accumulation_fusion = True
             layer.weight.main_grad = sums[layer.weight].view_as(layer.weight)  # where megatron-core looks for it

@@ -22,32 +22,41 @@ from megasparse.ops.fp8 import E4M3, E5M2, Scaling, update_history
 OPERANDS = 4  # x, weight, dy, and what weights' gradients are made of in its place (sparsity/gradient.py)
 
 
-class Fp8Scales(nn.Module):
-    """Of one linear layer; or of one of the experts' matrices, by expert.
+class Fp8State(nn.Module):
+    """What checkpoints have of one linear layer, or of one of the experts' matrices, by expert: nothing, but of delayed
+    scaling ``scale`` [experts, 4] and ``history`` [length, experts, 4] as ops.fp8.update_history has them, in a linear
+    layer without the dimension of experts. They are of gradients of the *sum* of a step's token losses, whatever the
+    loss scale, the batch and the layout divide it by."""
 
-    State, in every checkpoint, of delayed scaling: ``scale`` [experts, 4] and ``history`` [length, experts, 4] as
-    ops.fp8.update_history has them, in a linear layer without the dimension of experts. They are of gradients of the
-    *sum* of a step's token losses, whatever the loss scale, the batch and the layout divide it by.
+    scale: Tensor
+    history: Tensor
+
+    def __init__(self, fp8: Fp8, experts: tuple[int, range] | None = None) -> None:
+        """experts: how many there are, and which are here."""
+        super().__init__()
+        self.fp8, self.experts = fp8, experts
+        self.here = () if experts is None else (len(experts[1]),)
+        if fp8.recipe == "delayed":
+            self.register_buffer("scale", torch.ones(*self.here, OPERANDS))
+            self.register_buffer("history", torch.zeros(fp8.amax_history_len, *self.here, OPERANDS))
+
+
+class Fp8Scales(Fp8State):
+    """How ops.fp8 quantises a layer's products.
 
     An expert's rows lie beside each other in an order, and on a rank, that depend on the layout. So each has scales of
     its own (ops.fp8.Scaling.by_row), but with delayed scaling those that its expert had for all rows of earlier steps.
     """
 
-    scale: Tensor
-    history: Tensor
     amax: Tensor
 
     def __init__(self, fp8: Fp8, state: StepState, token_group: Any, experts: tuple[int, range] | None = None) -> None:
-        """token_group: the ranks that share a micro-batch's tokens. experts: how many there are, and which are here."""
-        super().__init__()
-        self.fp8, self.state = fp8, state
+        """token_group: the ranks that share a micro-batch's tokens."""
+        super().__init__(fp8, experts)
+        self.state = state
         self.group = token_group if dist.get_world_size(token_group) > 1 else None
-        self.experts = experts
-        here = [] if experts is None else [len(experts[1])]
         if fp8.recipe == "delayed":
-            self.register_buffer("scale", torch.ones(*here, OPERANDS))
-            self.register_buffer("history", torch.zeros(fp8.amax_history_len, *here, OPERANDS))
-            self.register_buffer("amax", torch.zeros(*here, OPERANDS), persistent=False)  # of the step so far
+            self.register_buffer("amax", torch.zeros(*self.here, OPERANDS), persistent=False)  # of the step so far
 
     def scaling(self, expert: int | None = None) -> Scaling:
         """For the products of one run of the layer, or of expert ``expert`` of those here."""

@@ -79,7 +79,7 @@ class ColumnParallelLinear(megatron.ColumnParallelLinear):
 
     def __init__(self, *args: Any, product: Product, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.sparsity, self.estimate, self.fp8 = _parts(product, self.weight, self.tp_group, self.tp_group)
+        self.sparsity, self.estimate, self.fp8_scales = _parts(product, self.weight, self.tp_group, self.tp_group)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _product(super()._forward_impl, self, input, weight, *args, **kwargs)
@@ -92,7 +92,7 @@ class RowParallelLinear(megatron.RowParallelLinear):
 
     def __init__(self, *args: Any, product: Product, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.sparsity, self.estimate, self.fp8 = _parts(product, self.weight, self.tp_group, None)
+        self.sparsity, self.estimate, self.fp8_scales = _parts(product, self.weight, self.tp_group, None)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _product(super()._forward_impl, self, input, weight, *args, **kwargs)
@@ -128,16 +128,16 @@ def _product(
     sparsity = layer.sparsity
     weight = weight if sparsity is None else sparsity(weight)
     estimate = layer.estimate.of_these_tokens() if layer.estimate is not None and torch.is_grad_enabled() else None
-    if layer.fp8 is None and estimate is None and (sparsity is None or sparsity.door == "masked"):
+    if layer.fp8_scales is None and estimate is None and (sparsity is None or sparsity.door == "masked"):
         return dense(x, weight, *args, **kwargs)
     if kwargs["sequence_parallel"]:
         x = gather_from_sequence_parallel_region(x, group=kwargs["tp_group"])
     elif kwargs["allreduce_dgrad"]:
         x = copy_to_tensor_model_parallel_region(x, group=kwargs["tp_group"])
     seq, batch, _ = x.shape
-    if layer.fp8 is not None:
+    if layer.fp8_scales is not None:
         by_rows = None if estimate is None else lambda dy: estimate(dy.view(seq, batch, -1)).flatten(0, 1)
-        y = fp8_linear(x, weight, layer.fp8.scaling(), by_rows)
+        y = fp8_linear(x, weight, layer.fp8_scales.scaling(), by_rows)
     else:
         assert sparsity is not None
         # Four tokens of a sequence are four rows of dy where sequences come first.

@@ -36,7 +36,7 @@ from torch import Tensor
 from megasparse.config import Fp8, MoE, WeightSparsity
 from megasparse.layers import te
 from megasparse.layers.attention import post_norm
-from megasparse.layers.fp8 import Fp8Scales
+from megasparse.layers.fp8 import Fp8Scales, Fp8State
 from megasparse.layers.router import Router
 from megasparse.layers.step import StepState
 from megasparse.ops import experts as ops
@@ -83,19 +83,19 @@ class MoELayer(AutoEPMoELayer):
         self.experts.sparsity = nn.ModuleDict(
             {w: SparseWeight(f"experts.{w}", getattr(self.experts, w), how) for w, how in (sparsity or {}).items()}
         )
-        here = range(self.ep_rank * self.num_local_experts, (self.ep_rank + 1) * self.num_local_experts)
-        self.experts.fp8 = nn.ModuleDict(
-            {
-                w: Fp8Scales(fp8, state, topology.tp_cp_group, (self.num_experts, here))
-                for w in WEIGHTS
-                if fp8 and not fp8_by_te
-            }
-        )
+        first = self.ep_rank * self.num_local_experts
+        experts = (self.num_experts, range(first, first + self.num_local_experts))
         self.te: dict[str, te.GroupedLinear] = {}
-        if fp8 and fp8_by_te:
+        if fp8 is not None and fp8_by_te:
             for name in WEIGHTS:
                 count, out_features, in_features = getattr(self.experts, name).shape
                 self.te[name] = te.GroupedLinear(count, in_features, out_features, config.params_dtype)
+        scales: dict[str, Fp8State] = {}
+        if fp8 is not None and not fp8_by_te:
+            scales = {w: Fp8Scales(fp8, state, topology.tp_cp_group, experts) for w in WEIGHTS}
+        elif fp8 is not None and fp8.recipe == "delayed":
+            scales = {w: te.DelayedScales(fp8, self.te[w].linear, config, experts) for w in WEIGHTS}
+        self.experts.fp8_scales = nn.ModuleDict(scales)
         self.observe: Callable[[Tensor, Tensor], None] | None = None  # what experts see, for Wanda (layers/wanda.py)
         self._describe_experts()
 
@@ -158,11 +158,11 @@ class MoELayer(AutoEPMoELayer):
             name: sparsity[name](weight) if name in sparsity else weight  # type: ignore[operator]
             for name, weight in ((name, getattr(weights, name)) for name in WEIGHTS)
         }
-        if self.te and len(rows):
+        if self.te:
             return te.grouped_swiglu(rows, counts, made, self.te)
         w1, w2, w3 = made.values()
-        if weights.fp8:
-            scales: Any = weights.fp8
+        if weights.fp8_scales:
+            scales: Any = weights.fp8_scales
             scaling = [tuple(scales[name].scaling(expert) for name in WEIGHTS) for expert in range(len(counts))]
             return fp8_grouped_swiglu(rows, counts, w1, w2, w3, scaling)  # type: ignore[arg-type]
         if any(sparse.door_now != "masked" for sparse in sparsity.values()):  # type: ignore[union-attr]

@@ -7,22 +7,27 @@ stay out of it, wherever they are: so model.py keeps single layers, of any part 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megasparse import platform
-from megasparse.config import Recipe
+from megasparse.config import Fp8, Recipe
+from megasparse.layers.fp8 import Fp8State
 from megasparse.layers.linear import Product
 from megasparse.sparsity.weight import SparseWeight
 
 Fp8Recipe = Literal["delayed", "current", "block"]
 MEGATRON_NAMES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
+ROWS = 16
+SLOTS = {"scaling_fwd": 3, "scaling_bwd": 2}
 INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9'"
 
 
@@ -66,16 +71,24 @@ def layers() -> Layers:
     return Layers(TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear)
 
 
-def sparse(layer: type, product: Product, tp_group: Any) -> ModuleSpec:
-    """One of ``layers`` with a 2:4 weight, which is what it quantises. tp_group: the ranks with parts of the matrix."""
+def linear(layer: type, product: Product, tp_group: Any) -> type | ModuleSpec:
+    """One of ``layers``: where the weight is 2:4, that is what it quantises; the scales of delayed scaling are in
+    checkpoints. tp_group: the ranks with parts of the matrix."""
+    sparsity, fp8 = product.sparsity, product.fp8
+    assert fp8 is not None
+    if sparsity is None and fp8.recipe != "delayed":
+        return layer
 
-    class Sparse(layer):
+    class Linear(layer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            assert product.sparsity is not None
-            self.sparsity = SparseWeight(product.name, self.weight, product.sparsity, tp_group)
+            self.sparsity = None if sparsity is None else SparseWeight(product.name, self.weight, sparsity, tp_group)
+            if fp8.recipe == "delayed":
+                self.fp8_scales = DelayedScales(fp8, self, self.config)
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.sparsity is None:
+                return super().forward(x, *args, **kwargs)
             dense = self._parameters["weight"]
             self._parameters["weight"] = self.sparsity(dense)
             try:
@@ -83,11 +96,66 @@ def sparse(layer: type, product: Product, tp_group: Any) -> ModuleSpec:
             finally:
                 self._parameters["weight"] = dense
 
-    return ModuleSpec(module=Sparse)
+    return ModuleSpec(module=Linear)
+
+
+class DelayedScales(Fp8State):
+    """A layer's scales and amaxes of delayed scaling, which TE has: ``take`` brings them into our checkpoints' terms,
+    ``give`` back.
+
+    TE's slots are, for each matrix, x, weight and y forward, dy and dx backward. A slot has one amax over the ranks of
+    a tensor-, context- and data-parallel group: experts that are in the same place on their ranks share it.
+    """
+
+    def __init__(self, fp8: Fp8, layer: Any, config: Any, experts: tuple[int, range] | None = None) -> None:
+        """config: megatron-core's."""
+        super().__init__(fp8, experts)
+        self._te = (layer, config)  # in a tuple: no child
+
+    @torch.no_grad()
+    def take(self, unit: float) -> None:
+        """unit: by how much TE's gradients are larger than ours."""
+        if "scaling_fwd" in self._te[0].fp8_meta:  # made by the first forward
+            for operand, factor, scale, history in self._slots(unit):
+                self.scale[..., operand].copy_(scale * factor)
+                self.history[..., operand].copy_(history / factor)
+
+    @torch.no_grad()
+    def give(self, unit: float) -> None:
+        layer, config = self._te
+        if "scaling_fwd" not in layer.fp8_meta:
+            from megatron.core.fp8_utils import get_fp8_recipe
+
+            layer.fp8_meta["num_gemms"] = math.prod(self.here)
+            layer.init_fp8_meta_tensors(get_fp8_recipe(config))
+        for operand, factor, scale, history in self._slots(unit):
+            scale.copy_(self.scale[..., operand] / factor)
+            history.copy_(self.history[..., operand] * factor)
+
+    def _slots(self, unit: float) -> Iterator[tuple[int, float, Tensor, Tensor]]:
+        """(our operand, by how much TE's is larger, TE's scale [experts] and history [length, experts])."""
+        meta = self._te[0].fp8_meta
+        for operand, (key, slot) in enumerate((("scaling_fwd", 0), ("scaling_fwd", 1), ("scaling_bwd", 0))):
+            tensors = (meta[key].scale, meta[key].amax_history)
+            scale, history = (t.unflatten(-1, (*self.here, SLOTS[key]))[..., slot] for t in tensors)
+            yield operand, unit if key == "scaling_bwd" else 1.0, scale, history
+
+
+def delayed_scales(module: nn.Module) -> list[DelayedScales]:
+    return [child for child in module.modules() if isinstance(child, DelayedScales)]
+
+
+def gradient_unit(recipe: Recipe, replicas: int, loss_scale: float) -> float:
+    """``DelayedScales``' of full batches, rounded to a power of two: what is restored is what was saved, to the bit."""
+    tokens = recipe.training.global_batch_size * recipe.data.seq_length
+    return 2.0 ** round(math.log2(replicas * loss_scale / tokens))
 
 
 class GroupedLinear:
-    """Of all local experts, by a TE layer without weights of its own: rows by expert times the weights it is given."""
+    """Of all local experts, by a TE layer without weights of its own: rows by expert times the weights it is given.
+
+    It runs where no expert has rows, too: the amaxes of delayed scaling are reduced over ranks that must all have them.
+    """
 
     def __init__(self, experts: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         import transformer_engine.pytorch as te  # type: ignore[import-not-found]
@@ -99,9 +167,12 @@ class GroupedLinear:
 
     def __call__(self, rows: Tensor, counts: list[int], weights: Tensor) -> Tensor:
         """rows [sum(counts), in], in the order of experts, weights [experts, out, in] -> [sum(counts), out]. Padded, as
-        FP8 kernels want a multiple of 16 rows for each."""
-        padded, sizes = self.pad(rows, counts)
+        FP8 kernels want a multiple of ROWS for each."""
         own = {f"weight{i}": weight for i, weight in enumerate(weights.unbind())}
+        if not len(rows):
+            sizes = [ROWS] * len(counts)
+            return torch.func.functional_call(self.linear, own, (rows.new_zeros(sum(sizes), rows.shape[1]), sizes))[:0]
+        padded, sizes = self.pad(rows, counts)
         return self.unpad(torch.func.functional_call(self.linear, own, (padded, sizes)), counts)
 
 
@@ -155,9 +226,6 @@ def checked_fields(recipe: Recipe, tp: int, cp: int) -> dict[str, Any]:
     fp8, weights = recipe.training.fp8, recipe.fp8_weights
     assert fp8 is not None
     reason, cure = missing(fp8.recipe), "set emulate=true"
-    if reason is None and fp8.recipe == "delayed":
-        reason = "Transformer Engine keeps its scales where our checkpoints do not reach, in units of one layout"
-        cure = "use recipe=current or block, or set emulate=true"
     if reason is None and fp8.rounding == "smooth":
         reason = "rounding=smooth is not Transformer Engine's"
     sparsity = recipe.sparsity.weights
@@ -173,7 +241,7 @@ def checked_fields(recipe: Recipe, tp: int, cp: int) -> dict[str, Any]:
         cure = "change the size or the number of ranks that share it, or set emulate=true"
     if reason is not None:
         raise ValueError(f"training.fp8.recipe={fp8.recipe} on a GPU: {reason}; {cure}")
-    return fp8_fields(fp8.recipe, fp8.gradients)
+    return fp8_fields(fp8.recipe, fp8.gradients, fp8.margin, fp8.amax_history_len, fp8.amax_compute_algo)
 
 
 def _misfit(recipe: Recipe, tp: int, cp: int) -> str | None:

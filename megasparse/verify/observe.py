@@ -55,14 +55,14 @@ def observe(raw: dict[str, Any], steps: int) -> Seen:
         seen.gradients.append(
             [
                 (f.weight.name, f.weight.shape, offsets, part.float() / scale)
-                for f in engine.fragments()
+                for f in engine.fragments
                 if f.gradient is not None and not f.weight.copy
                 for offsets, part in blocks(f.weight, f.start, f.gradient)
             ]
         )
 
     engine.before_step = before_step
-    starts = [fragment.master.float().clone() for fragment in engine.fragments()]
+    starts = [fragment.master.float().clone() for fragment in engine.fragments]
     for step in range(steps):
         result = engine.train_step(_batches(recipe, step, place), step, recipe.optimizer.lr)
         seen.scalars.append({"loss": result.loss, **result.aux_losses, "grad_norm": result.grad_norm})
@@ -73,7 +73,7 @@ def observe(raw: dict[str, Any], steps: int) -> Seen:
     ]
     seen.moved = [
         (f.weight.name, f.weight.shape, offsets, part)
-        for f, start in zip(engine.fragments(), starts, strict=True)
+        for f, start in zip(engine.fragments, starts, strict=True)
         if not f.weight.copy
         for offsets, part in blocks(f.weight, f.start, f.master.float() - start)
     ]

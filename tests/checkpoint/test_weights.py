@@ -76,7 +76,7 @@ def begun_and_saved(path: Path, layout: str, precision: str, folder: Path) -> li
     for name, state in random_state(engine.topology.rank).items():
         assert torch.equal(*(next(iter(s.views.values())) for s in (state, before[name]))), name
     Saver(engine, folder, FINGERPRINT).save(7)
-    for fragment in engine.fragments():  # what the model computes with are the master weights, rounded
+    for fragment in engine.fragments:  # what the model computes with are the master weights, rounded
         held = fragment.weight.tensor.detach().view(-1)[fragment.start :][: len(fragment.master)]
         assert torch.equal(held, fragment.master.to(held.dtype)), fragment.weight.name
     return fresh

@@ -9,6 +9,7 @@ from typing import Any
 
 from packaging.version import Version
 
+VERSION = "2.20.2"  # of Transformer Engine
 Gate = Callable[[ast.expr], bool | None]  # what an if is known to say, or None
 
 

@@ -41,7 +41,7 @@ def engine_of(recipe: Recipe, place: topology.Topology) -> Engine:
 def scales_of(engine: Engine) -> dict[str, torch.Tensor]:
     """Copies of the buffers of FP8."""
     found = local_buffers(engine.chunks, engine.topology)
-    return {buffer.name: buffer.tensor.clone() for buffer in found if ".fp8." in buffer.name}
+    return {buffer.name: buffer.tensor.clone() for buffer in found if ".fp8_scales." in buffer.name}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -64,12 +64,14 @@ def test_the_weights_that_the_recipe_names_are_in_fp8(
     (chunk,) = chunks
     found = {name for name, module in chunk.named_modules() if isinstance(module, Fp8Scales)}
     expected = {
-        name.replace("experts.w", "experts.fp8.w") if ".experts.w" in name else name.replace(".weight", ".fp8")
+        name.replace("experts.w", "experts.fp8_scales.w")
+        if ".experts.w" in name
+        else name.replace(".weight", ".fp8_scales")
         for name in recipe.fp8_weights
     }
     assert found == expected
     assert len(found) == count
-    assert not any(".fp8." in name for name in chunk.state_dict()), "current scaling has no state"
+    assert not any(".fp8_scales." in name for name in chunk.state_dict()), "current scaling has no state"
 
 
 # Over ranks, by hand --------------------------------------------------------------------------------------------------
@@ -169,9 +171,9 @@ def test_recompute_counts_once(single: topology.Topology, sparsity: dict[str, An
     )
     assert steps(plain, 0, 4) == steps(again, 0, 4)
     assert same(scales_of(plain), scales_of(again))
-    assert all((scale > 1).all() for name, scale in scales_of(again).items() if name.endswith("qkv.fp8.scale")) is bool(
-        sparsity
-    ), "the fourth operand is seen with MVUE only"
+    assert all(
+        (scale > 1).all() for name, scale in scales_of(again).items() if name.endswith("qkv.fp8_scales.scale")
+    ) is bool(sparsity), "the fourth operand is seen with MVUE only"
 
 
 def test_scales_do_not_follow_the_loss_scale(single: topology.Topology) -> None:

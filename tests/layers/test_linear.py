@@ -94,7 +94,7 @@ def test_in_fp8_y_and_gradients_are_of_what_is_multiplied(
         seen.append(layer.estimate.of_these_tokens()(rows.view_as(dy)).flatten(0, 1))
         return seen[0]
 
-    expected = fp8_linear(x, weight, layer.fp8.scaling(), estimate if layer.estimate is not None else None)
+    expected = fp8_linear(x, weight, layer.fp8_scales.scaling(), estimate if layer.estimate is not None else None)
     own = torch.autograd.grad(expected, (x, weight), dy)
     assert torch.equal(y, expected)
     assert torch.equal(dx, own[0])

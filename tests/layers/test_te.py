@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import re
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +17,6 @@ import megatron.core.utils
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -34,10 +29,9 @@ from megasparse.layers.step import StepState
 from megasparse.model import Linears, transformer_config
 from tests import small
 from tests.helpers import REPOSITORY, assert_close
-from tests.layers.te_sources import Offer, Use, Uses, te_gate
+from tests.layers.te_sources import VERSION, Offer, Use, Uses, te_gate
+from tests.layers.te_stand_ins import pad, unpad
 
-VERSION = "2.20.2"
-WHEEL = f"transformer_engine-{VERSION}-py3-none-any.whl"
 MEGATRON = Path(next(iter(importlib.util.find_spec("megatron.core").submodule_search_locations)))  # type: ignore
 DOOR = REPOSITORY / "megasparse/layers/te.py"
 
@@ -52,23 +46,6 @@ KNOWN = {
     "transformer_engine.pytorch.module.base.get_workspace: there is no such name",
     "transformer_engine.pytorch.cpp_extensions.general_gemm: no argument workspace",
 }
-
-
-@pytest.fixture(scope="session")
-def offer() -> Offer:
-    """The sources of the wheel, downloaded once into a cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir()) / "megasparse-wheels"
-    if not (cache / WHEEL).exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", f"transformer-engine=={VERSION}"]
-            result = subprocess.run([*command, "-d", folder], capture_output=True, text=True, timeout=200)
-            if result.returncode:
-                pytest.fail(f"no wheel of transformer-engine {VERSION} from the index: {result.stderr.strip()[-200:]}")
-            os.replace(Path(folder) / WHEEL, cache / WHEEL)
-    wheel = zipfile.ZipFile(cache / WHEEL)
-    names = set(wheel.namelist())
-    return Offer(lambda path: wheel.read(path).decode() if path in names else None)
 
 
 def uses(path: Path) -> list[Use]:
@@ -223,7 +200,6 @@ def two_four(**weights: Any) -> dict[str, Any]:
         ({"recipe": "current", "experts": False}, {"moe": {}}, None),
         ({"recipe": "current", "num_layers_at_start_in_bf16": 1}, {"moe": {"layers": [1, 0]}}, None),
         ({"recipe": "block"}, {}, "block on a GPU: FP8 with block scaling: needs CUDA >= 12.9; set emulate=true"),
-        ({"recipe": "delayed"}, {}, "where our checkpoints do not reach, in units of one layout; use recipe=current"),
         (
             {"recipe": "current", "rounding": "smooth"},
             {},
@@ -277,7 +253,7 @@ def test_the_spec_has_transformer_engines_layers_where_the_recipe_has_fp8(monkey
     )
     monkeypatch.setattr(te, "trains", lambda _: True)
     monkeypatch.setattr(te, "layers", lambda: te.Layers("c", "n", "r"))  # type: ignore[arg-type]
-    place: Any = SimpleNamespace(tp_cp_group=None)
+    place: Any = SimpleNamespace(tp_cp_group=None, tp_group=None)
     first, second = (Linears(recipe, index, StepState(), place) for index in (0, 1))
     assert (second.column("self_attention.linear_qkv"), second.row("self_attention.linear_proj")) == ("n", "r")
     assert [second.has_norm(f"mlp.{name}") for name in ("linear_fc1", "shared_experts.linear_fc1")] == [False, False]
@@ -289,7 +265,7 @@ def test_the_spec_has_transformer_engines_layers_where_the_recipe_has_fp8(monkey
 def test_norms_before_linear_layers_are_a_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """But not where the norm comes after, and not where NSA projects what is normed as well."""
     monkeypatch.setattr(te, "trains", lambda _: True)
-    place: Any = SimpleNamespace(tp_cp_group=None)
+    place: Any = SimpleNamespace(tp_cp_group=None, tp_group=None)
     nsa = {"selector": "nsa", "block_size": 16, "blocks": 4, "layers": [0, 1]}
     fp8 = {"recipe": "current"}
 
@@ -353,18 +329,6 @@ class Grouped(nn.Module):
         return torch.cat([x @ w.t() for x, w in zip(rows.split(m_splits), weights, strict=True)])
 
 
-def pad(rows: Tensor, m_splits: list[int]) -> tuple[Tensor, list[int]]:
-    """As TE's Fp8Padding: sixteens of rows."""
-    sizes = [-(-size // 16) * 16 for size in m_splits]
-    parts = zip(rows.split(m_splits), sizes, strict=True)
-    return torch.cat([F.pad(part, (0, 0, 0, size - len(part))) for part, size in parts]), sizes
-
-
-def unpad(rows: Tensor, m_splits: list[int]) -> Tensor:
-    parts = rows.split([-(-size // 16) * 16 for size in m_splits])
-    return torch.cat([part[:size] for part, size in zip(parts, m_splits, strict=True)])
-
-
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     pytorch: Any = type(sys)("transformer_engine.pytorch")
@@ -410,8 +374,9 @@ def test_its_linear_layer_multiplies_by_the_2_4_weight(single: topology.Topology
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.weight.t()
 
-    product = Product("linear", StepState(), single.tp_cp_group, WeightSparsity(method="s_ste"))
-    layer: Any = te.sparse(Linear, product, None).module(8)  # type: ignore[operator]
+    fp8 = Fp8(recipe="current")
+    product = Product("linear", StepState(), single.tp_cp_group, WeightSparsity(method="s_ste"), fp8)
+    layer: Any = te.linear(Linear, product, None).module(8)  # type: ignore[operator,union-attr]
     weight = layer.weight
     layer.sparsity.begin_step(0, 4)
     x = torch.randn(3, 8)

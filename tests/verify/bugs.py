@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from megasparse import engine
 from megasparse.engine import Engine
+from megasparse.fragments import Fragment, Fragments
 from megasparse.layers import fp8, selectors
 from megasparse.layers.router import Router
+from megasparse.placement import is_expert
 
 
 @contextlib.contextmanager
@@ -57,19 +59,16 @@ def strides_by_the_head_of_the_rank() -> Iterator[None]:
 @contextlib.contextmanager
 def norm_without_experts_of_later_ranks() -> Iterator[None]:
     """Experts are not marked tensor-parallel: the norm counts them on rank 0 of the tensor-parallel group only."""
-    norm = Engine._gradient_norm
+    iterate, norm = Fragments.__iter__, Fragments.gradient_norm
 
-    def wrong(self: Engine) -> float:
-        own = self.fragments
-        first = self.topology.tp_rank == 0
+    def wrong(self: Fragments) -> float:
+        def counted(self: Fragments) -> Iterator[Fragment]:
+            return (f for f in iterate(self) if self.topology.tp_rank == 0 or not is_expert(f.weight.tensor))
 
-        def counted() -> Iterator[Any]:
-            return (f for f in own() if first or getattr(f.weight.tensor, "allreduce", True))
-
-        with mock.patch.object(self, "fragments", counted):
+        with mock.patch.object(Fragments, "__iter__", counted):
             return norm(self)
 
-    with mock.patch.object(Engine, "_gradient_norm", wrong):
+    with mock.patch.object(Fragments, "gradient_norm", wrong):
         yield
 
 
