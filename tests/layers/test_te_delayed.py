@@ -191,7 +191,7 @@ def test_the_sources_have_them_there(offer: Offer) -> None:
     source = """
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.quantization import DelayedScalingRecipeState
-TransformerEngineBaseModule.init_fp8_meta_tensors(self, recipe)
+TransformerEngineBaseModule.init_fp8_meta_tensors(recipe)
 DelayedScalingRecipeState.scale
 DelayedScalingRecipeState.amax_history
 """

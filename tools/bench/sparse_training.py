@@ -3,7 +3,8 @@
     python tools/bench/sparse_training.py data/stdlib [--models gpt2 moe] [--variants dense S-STE] [--seeds 1 2 3]
 
 A model of each kind, the same batches for all variants of a seed; masks are made every 10 steps. The
-last rows go on from the dense run's end with new tokens, half as many again: dense itself, and AST. Each run is a
+last rows go on from the dense run's end with new tokens, half as many again: dense itself, and AST, whose teacher is
+that end, or the end of what dense becomes of it. Each run is a
 process of its own, --jobs at a time; it stays in --runs and is not repeated, so the table can be made bit by bit.
 """
 
@@ -57,22 +58,31 @@ FROM_DENSE: dict[str, dict[str, Any]] = {
     "AST + KD": {"weights": AST, "teacher": TEACHER},
     "AST + SLoRB + KD": {"weights": {**AST, "boost": 16}, "teacher": TEACHER},
 }
-VARIANTS = FROM_SCRATCH | FROM_DENSE
+LONGER_TEACHER: dict[str, dict[str, Any]] = {
+    "AST + KD of the longer run": {"weights": AST, "teacher": TEACHER},
+    "AST + SLoRB + KD of the longer run": {"weights": {**AST, "boost": 16}, "teacher": TEACHER},
+}
+VARIANTS = FROM_SCRATCH | FROM_DENSE | LONGER_TEACHER
 
 
-def recipe(data: Path, model: str, variant: str, seed: int, steps: int, rate: float, dense: Path) -> dict[str, Any]:
-    """Four layers of 128; ``dense``: the checkpoint of the dense run that the last variants go on from."""
+def recipe(data: Path, model: str, variant: str, seed: int, steps: int, rate: float, runs: Path) -> dict[str, Any]:
+    """Four layers of 128; ``runs``: where the model's runs of this seed are, which the last variants go on from."""
     parts = VARIANTS[variant]
     weights = dict(parts["weights"])
     if weights["method"] == "sr_ste":
         weights["decay"] = DECAY[model]
     training: dict[str, Any] = {"fp8": parts["fp8"]} if "fp8" in parts else {}
-    if variant in FROM_DENSE:
+    if variant not in FROM_SCRATCH:
+        dense = runs / folder("dense") / f"checkpoints/step_{steps}"
         steps, rate = steps // 2, rate / 2
+        longer = runs / folder("dense, more tokens") / f"checkpoints/step_{steps}"
         training["initial_checkpoint"] = str(dense)
         seed += 1000  # other batches than the dense run's
         if "teacher" in parts:
-            training["teacher"] = {"checkpoint": str(dense), **parts["teacher"]}
+            training["teacher"] = {
+                "checkpoint": str(longer if variant in LONGER_TEACHER else dense),
+                **parts["teacher"],
+            }
     shape = {"num_layers": 4, "hidden_size": 128, "tie_embeddings": True, "init_std": 0.06}
     return {
         "name": "sparse_training",
@@ -89,6 +99,10 @@ def recipe(data: Path, model: str, variant: str, seed: int, steps: int, rate: fl
     }
 
 
+def folder(variant: str) -> str:
+    return variant.replace(" ", "_")
+
+
 Runs = dict[str, list[list[dict[str, Any]]]]  # by variant, of each seed, of each step
 
 
@@ -96,7 +110,7 @@ def show(model: str, runs: Runs) -> Table:
     table = Table("method", "validation loss, nats/token", "spread", "to dense", "flips at the end", title=model)
     for name, seeds in runs.items():
         losses = [steps[-1]["validation_loss"] for steps in seeds]
-        other = "dense, more tokens" if name in FROM_DENSE else "dense"
+        other = "dense" if name in FROM_SCRATCH else "dense, more tokens"
         pairs = zip(losses, (steps[-1]["validation_loss"] for steps in runs.get(other, [])), strict=False)
         differences = [ours / dense - 1 for ours, dense in pairs]
         flips = [[record["flip_rate"] for record in steps if "flip_rate" in record] for steps in seeds]
@@ -142,17 +156,16 @@ def main() -> None:
     suffix = "" if options.lr == parser.get_default("lr") else f"-{options.lr:g}"
 
     def run(model: str, variant: str, seed: int) -> list[dict[str, Any]]:
-        folder = options.runs / f"{model}-{options.steps}{suffix}" / str(seed)
-        dense = (folder / "dense/checkpoints" / f"step_{options.steps}").resolve()
-        raw = recipe(options.data.resolve(), model, variant, seed, options.steps, options.lr, dense)
-        steps = metrics_of(folder / variant.replace(" ", "_"), raw, threads)
+        runs = (options.runs / f"{model}-{options.steps}{suffix}" / str(seed)).resolve()
+        raw = recipe(options.data.resolve(), model, variant, seed, options.steps, options.lr, runs)
+        steps = metrics_of(runs / folder(variant), raw, threads)
         print(f"{model}, {variant}, seed {seed}: {steps[-1]['validation_loss']:.4f} nats/token", file=sys.stderr)
         return steps
 
     names = [name for name in VARIANTS if name in options.variants]
     found: dict[str, Runs] = {model: {} for model in options.models}
     with ThreadPoolExecutor(options.jobs) as pool:
-        for group in (FROM_SCRATCH, FROM_DENSE):  # the second needs the first's checkpoints
+        for group in (FROM_SCRATCH, FROM_DENSE, LONGER_TEACHER):  # each needs the checkpoints of those before
             futures = {
                 (model, name, seed): pool.submit(run, model, name, seed)
                 for seed in options.seeds
@@ -164,7 +177,7 @@ def main() -> None:
                 found[model].setdefault(name, []).append(future.result())
     for model, runs in found.items():
         Console(width=110).print(show(model, runs))
-        plot(model, runs, options.runs / f"{model}-flips.png")
+        plot(model, runs, options.runs / f"{model}-{options.steps}{suffix}" / "flips.png")
 
 
 if __name__ == "__main__":
