@@ -106,7 +106,7 @@ def test_weights_in_every_layout_and_nothing_else(saved: Path, tmp_path: Path, l
 
 FRESH = {
     "sparsity": {"sparsity": {"weights": {"method": "ast", "decay": 0.01, "boost": 4, "score": "wanda"}}},
-    "fp8": {"training": {"fp8": {"recipe": "delayed"}}},
+    "fp8_scales": {"training": {"fp8": {"recipe": "delayed"}}},
     "gate": {"model": {"sparse_attention": {"selector": "gate", "blocks": 4, "block_size": 4}}},
     "centroids": {"model": {"sparse_attention": {"selector": "clusters", "blocks": 4, "block_size": 4}}},
 }

@@ -16,6 +16,7 @@ from megasparse import topology
 from megasparse.checkpoint.load import load
 from megasparse.checkpoint.reader import Reader
 from megasparse.checkpoint.save import Saver
+from megasparse.checkpoint.weights import load_teacher, teacher_source
 from megasparse.config import Fp8, Recipe
 from megasparse.engine import Engine
 from megasparse.layers import te
@@ -139,6 +140,26 @@ def test_emulated_runs_go_on_with_them_and_the_other_way(single: topology.Topolo
             assert torch.equal(meta["scaling_fwd"].scale[1::3], scales.scale[..., 1].flatten())
             assert torch.equal(meta["scaling_bwd"].scale[0::2], scales.scale[..., 2].flatten() * 2**8)
         run(again, 4, 5)
+
+
+def test_a_teacher_computes_with_its_scales(single: topology.Topology, tmp_path: Path) -> None:
+    with transformer_engine():
+        author = engine_of(recipe_of(), single)
+        run(author, 0, 3)
+        Saver(author, tmp_path, FINGERPRINT).save(3)
+        student = small.recipe(training={"teacher": {"checkpoint": str(tmp_path / "step_3")}})
+        source = teacher_source(student, small.VOCAB - 1, "", 1)
+        assert source is not None
+        teacher = load_teacher(student, source, single, small.VOCAB - 1)
+        batches = small.batches(student, 5)
+        logits = [teacher._logits(batches)[0].clone()]
+        found = te.delayed_scales(teacher.chunks)
+        for theirs, own in zip(found, te.delayed_scales(author.chunks), strict=True):
+            assert torch.equal(theirs.scale, own.scale)
+            theirs._te[0].init_fp8_meta_tensors(None)
+        logits.append(teacher._logits(batches)[0])
+    assert len(found) == 9
+    assert not torch.equal(*logits), "without them it computes otherwise"
 
 
 def in_another_layout(raw: dict[str, Any], folder: Path, save: bool) -> list[Tensor]:
