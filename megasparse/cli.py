@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megasparse import __version__
+
+if TYPE_CHECKING:
+    from megasparse.checkpoint.hf.prove import Run
+    from megasparse.inference import CheckpointModel, HuggingFaceModel
 
 PACKAGE = Path(__file__).parent
 # What megatron-core, DeepSpeed and torch say of themselves and of each other at every start.
@@ -188,6 +194,194 @@ def verify(
         write_atomic(json, report.to_json())
     if not report.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Checkpoint step_N, a run folder (its latest), or a Hugging Face folder.", show_default=False
+        ),
+    ],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Files and folders of .txt, .py, .md, .jsonl(.gz, .zst) and .parquet to score.", show_default=False
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens seen at a time. Default: data.seq_length; of a Hugging Face model up to 2048."
+        ),
+    ] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows. Default: window // 2.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows, or requests of tasks, at a time.")] = 8,
+    tasks: Annotated[str | None, typer.Option(help="Of lm-eval, such as hellaswag,arc_easy.")] = None,
+    task_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own in lm-eval's YAML.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for every figure.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="To run a checkpoint in, such as tp2pp2ep2; dp is what is left.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="In place of the model's own: fp32, bf16 or fp16.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its folder or file, if it is not with the model.")] = None,
+    text_key: Annotated[str, typer.Option(help="Field of the text in JSON lines and parquet.")] = "text",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that a Hugging Face folder brings.")
+    ] = False,
+) -> None:
+    """Score text, in perplexity and bits per byte, and run lm-eval's tasks.
+
+    For several processes: deepspeed --num_gpus N --module megasparse evaluate MODEL ... --layout LAYOUT.
+    """
+    opened = _open_model(model, tokenizer, layout, precision, trust_remote_code)
+    from megasparse.evaluate import evaluate as run
+
+    run(
+        opened,
+        files or [],
+        tasks.split(",") if tasks else None,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+        task_path=task_path,
+        limit=limit,
+        text_key=text_key,
+        json_path=json,
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Checkpoint step_N, a run folder (its latest), or a Hugging Face folder.", show_default=False
+        ),
+    ],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue. Default: what is on stdin.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the best token each time.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the fewest tokens that have this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    layout: Annotated[
+        str | None, typer.Option(help="To run a checkpoint in, such as tp2pp2ep2; dp is what is left.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="In place of the model's own: fp32, bf16 or fp16.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its folder or file, if it is not with the model.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that a Hugging Face folder brings.")
+    ] = False,
+) -> None:
+    """Continue a text."""
+    if prompt is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("several processes cannot share stdin: give the text as --prompt")
+    opened = _open_model(model, tokenizer, layout, precision, trust_remote_code)
+    tokens = opened.encode(sys.stdin.read() if prompt is None else prompt) or [opened.prefix]
+    opened.load()
+    new = opened.generate(tokens, max_new_tokens, temperature, top_p, seed)
+    if _rank() == 0:
+        typer.echo(opened.decode(tokens + new))
+
+
+convert = typer.Typer(no_args_is_help=True, help="Checkpoints from and to Hugging Face folders.")
+app.add_typer(convert, name="convert")
+
+
+@convert.command("from-hf")
+def from_hf(
+    source: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Checkpoint to write.", show_default=False)],
+    layout: Annotated[
+        str, typer.Option(help="To compute logits in for the comparison, on as many processes of this machine.")
+    ] = "single",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Field of config.json that changes no logits, or beginning of names of tensors to leave out."
+        ),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare logits with transformers'.")] = True,
+) -> None:
+    """Convert a Hugging Face model to a checkpoint: for training.initial_checkpoint, evaluate and generate.
+
+    Goes on where a run before was stopped. The result is there only if every tensor on both sides has its counterpart
+    and, unless that is turned off, the logits are equal.
+    """
+    from rich.console import Console
+
+    from megasparse.checkpoint.hf.from_hf import from_hf as run
+    from megasparse.layout import Layout
+
+    with _workers(verify) as ranks:
+        proof = run(source, output, Layout.parse(layout), frozenset(ignore or ()), ranks, Console(stderr=True))
+    typer.echo(f"{output}: {proof or 'logits were not compared'}")
+
+
+@convert.command("to-hf")
+def to_hf(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint step_N, saved in any layout, or a run folder.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. Default: that of training.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Of a safetensors file, such as 500MB or 5GB.")] = "5GB",
+    family: Annotated[
+        str | None,
+        typer.Option(
+            help="model_type, such as mistral. Default: the first that can say the model, or else megasparse."
+        ),
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder or file, of a checkpoint that has none.")] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="2:4 weights as values and places, for megasparse's own loader.")
+    ] = False,
+    verify: Annotated[bool, typer.Option(help="Compare logits with transformers'.")] = True,
+) -> None:
+    """Convert a checkpoint to a Hugging Face folder, 2:4 weights as dense ones with zeros.
+
+    Goes on where a run before was stopped. The result is there only if every tensor on both sides has its counterpart
+    and, unless that is turned off, the logits are equal.
+    """
+    from rich.console import Console
+
+    from megasparse.checkpoint.hf.to_hf import Options, parse_size
+    from megasparse.checkpoint.hf.to_hf import to_hf as run
+
+    options = Options(dtype, parse_size(shard_size), family, tokenizer, packed)
+    with _workers(verify) as ranks:
+        proof = run(checkpoint, output, options, ranks, Console(stderr=True))
+    typer.echo(f"{output}: {proof or 'logits were not compared'}")
+
+
+@contextlib.contextmanager
+def _workers(wanted: bool) -> Iterator[Run | None]:
+    """What runs functions on several processes, which are started when it is first called."""
+    if not wanted:
+        yield None
+        return
+    from megasparse.processes import Workers
+
+    with Workers() as workers:
+        yield workers.run
+
+
+def _open_model(
+    path: Path, tokenizer: Path | None, layout: str | None, precision: str | None, trust_remote_code: bool
+) -> CheckpointModel | HuggingFaceModel:
+    _share_cores()
+    from megasparse import platform
+    from megasparse.layout import Layout
+
+    parsed = None if layout is None else Layout.parse(layout)
+    platform.activate()
+    from megasparse.inference import open_model
+
+    return open_model(path, tokenizer, parsed, precision, trust_remote_code)
 
 
 def _layout_overrides(layout: str | None) -> list[str]:

@@ -1,9 +1,8 @@
-"""What a model costs: parameters, floating-point operations, and the device's rate at them."""
+"""What a model costs: floating-point operations, and the device's rate at them."""
 
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
 import torch
 
@@ -13,59 +12,6 @@ from megasparse.config import Model
 # Dense peak rates of NVIDIA's data sheets, without sparsity; float32 without TF32, as torch computes by default.
 H100_SXM = {torch.bfloat16: 989.4e12, torch.float16: 989.4e12, torch.float32: 66.9e12}
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": H100_SXM, "NVIDIA H200": H100_SXM}
-
-
-class Parameters(NamedTuple):
-    """Weights of the whole model."""
-
-    total: int
-    active: int  # used by one token: top_k of num_experts experts, everything else
-
-
-def parameter_count(model: Model, vocab_size: int, seq_length: int) -> Parameters:
-    """Weights of the model, embeddings included; a tied embedding counts once.
-
-    ``seq_length`` is the size of a learned position table whose size the recipe leaves open.
-    """
-    hidden, head = model.hidden_size, model.head_size
-    query, key_value = head * model.num_attention_heads, head * model.kv_heads
-    norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
-    qk_norm = {"none": 0, "head": 2 * head, "full": query + key_value}[model.qk_norm]
-    attention = 2 * hidden * (query + key_value) + 2 * norm + qk_norm
-    if model.bias != "none":
-        attention += query + 2 * key_value
-    matrices = 3 if model.activation == "swiglu" else 2
-    dense = matrices * hidden * model.ffn_size
-    if model.bias == "all":
-        attention += hidden
-        dense += (matrices - 1) * model.ffn_size + hidden
-
-    embeddings = vocab_size * hidden * (1 if model.tie_embeddings else 2)
-    if model.position_embedding == "learned":
-        embeddings += (model.max_position_embeddings or seq_length) * hidden
-    sparse_layers = sum(model.moe_layers)
-    total = embeddings + norm + model.num_layers * attention + (model.num_layers - sparse_layers) * dense
-    total += sum(model.sparse_layers) * _selector_parameters(model)
-    active = total
-    if moe := model.moe:
-        expert = 3 * hidden * moe.ffn_hidden_size
-        every_token = hidden * moe.num_experts + 3 * hidden * moe.shared_expert_ffn_hidden_size
-        total += sparse_layers * (every_token + moe.num_experts * expert)
-        active += sparse_layers * (every_token + moe.top_k * expert)
-    return Parameters(total, active)
-
-
-def _selector_parameters(model: Model) -> int:
-    """Weights that a block-sparse layer has besides a dense one's."""
-    head, key_value, sparse = model.head_size, model.head_size * model.kv_heads, model.sparse_attention
-    if sparse is not None and sparse.selector == "gate":
-        return sparse.gate_dim * (head * model.num_attention_heads + 3 * key_value)
-    if sparse is not None and sparse.selector == "clusters":
-        return sparse.clusters * key_value
-    if sparse is not None and sparse.selector == "nsa":
-        compression = key_value * (sparse.compression_size * (1 + head) + head)
-        return model.hidden_size * (4 * key_value + 3 * model.num_attention_heads) + 2 * compression
-    return 0
 
 
 def flops_per_token(model: Model, vocab_size: int, seq_length: int, block_density: float = 1.0) -> float:

@@ -65,7 +65,7 @@ class GPTModel(MegatronGPTModel):
         )
         if rope:
             self.rotary_pos_emb = RotaryEmbedding(
-                recipe.rope, recipe.head_size, platform.device(), self.pg_collection.cp
+                recipe.rope, recipe.rotary_dim, platform.device(), self.pg_collection.cp
             )
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:

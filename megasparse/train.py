@@ -28,11 +28,12 @@ from megasparse.checkpoint.weights import (
 from megasparse.config import Recipe
 from megasparse.data.loader import TrainingData, ValidationWindows
 from megasparse.engine import Engine, StepResult
-from megasparse.flops import flops_per_token, matmul_flops, parameter_count
+from megasparse.flops import flops_per_token, matmul_flops
 from megasparse.generate import generate
 from megasparse.layers.router import largest_load
 from megasparse.metrics import MetricsLogger, plot_loss, read_metrics, write_environment
 from megasparse.model import build_model
+from megasparse.parameters import parameter_count
 from megasparse.schedule import learning_rate
 from megasparse.sparsity import weight as sparsity
 from megasparse.topology import Topology
@@ -63,7 +64,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
     engine = Engine(recipe, place, chunks, step_state, teacher)
     first_step = load(engine, checkpoint) if checkpoint else 0
     fresh = load_initial(engine, initial) if initial else []
-    saver = Saver(engine, run_dir / "checkpoints", data.fingerprint, data.tokenizer.hash)
+    saver = Saver(engine, run_dir / "checkpoints", data.fingerprint, data.tokenizer, data.sets)
     if place.rank == 0:
         if checkpoint:
             checkpoints.set_latest(checkpoint)  # killed before the next one, the run goes on from here again

@@ -21,7 +21,7 @@ from tests.helpers import assert_close, run_distributed
 STEPS = 5
 VOCAB = small.VOCAB - 1  # odd: tensor parallelism pads it
 MOE = {"aux_loss_coefficient": 0.05, "z_loss_coefficient": 0.001}
-TOKENIZER = "of no tokens"  # its hash
+TOKENIZER = small.TOKENIZER.hash
 
 
 def train(raw: dict[str, Any], masked: bool) -> dict[str, Any]:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import tokenizers
 import torch
+from tokenizers import models
 
 from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch
+from megasparse.data.tokenizer import HuggingFaceTokenizer
 from megasparse.layout import check_layout
 
 VOCAB, SEQ = 96, 24
 MOE = {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 48}
+WORDS = {"<eod>": 0, **{f"w{i}": i for i in range(1, VOCAB - 1)}}
+TOKENIZER = HuggingFaceTokenizer(
+    tokenizers.Tokenizer(models.WordLevel(WORDS, "<eod>")).to_str().encode(), "<eod>", source="WORDS"
+)
 
 
 def recipe(

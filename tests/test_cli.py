@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -121,6 +122,18 @@ def test_threads_that_the_user_chose_stay(monkeypatch: pytest.MonkeyPatch, recip
             "error: 'xp2' is not a layout: write it like tp2pp2ep2 or tp2+sp, from tp, pp, vp, cp, ep, dp\n",
         ),
         (["inspect", "none"], "error: none is not a whole checkpoint: it has no readable manifest.json\n"),
+        (
+            ["evaluate", "none", "a.txt"],
+            "error: no folder at none: give a checkpoint step_N, a run folder or a Hugging Face folder\n",
+        ),
+        (
+            ["evaluate", "none", "a.txt", "--layout", "xp2"],
+            "error: 'xp2' is not a layout: write it like tp2pp2ep2 or tp2+sp, from tp, pp, vp, cp, ep, dp\n",
+        ),
+        (
+            ["generate", "none", "--prompt", "x"],
+            "error: no folder at none: give a checkpoint step_N, a run folder or a Hugging Face folder\n",
+        ),
     ],
 )
 def test_errors_are_one_line(
@@ -196,3 +209,77 @@ def test_prepare_names_a_missing_source(monkeypatch: pytest.MonkeyPatch, capsys:
     assert error.startswith("error: ")
     assert "none" in error
     assert error.count("\n") == 1
+
+
+class StubModel:
+    """What megasparse.inference.open_model opens."""
+
+    prefix = 7
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments, self.asked = arguments, ()
+
+    def load(self) -> None:
+        self.asked = ("loaded",)
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def generate(self, prompt: list[int], *settings: object) -> list[int]:
+        self.asked = (*self.asked, prompt, *settings)
+        return [33]
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[StubModel]:
+    from megasparse import inference
+
+    models: list[StubModel] = []
+    monkeypatch.setattr(inference, "open_model", lambda *arguments: models.append(StubModel(*arguments)) or models[0])
+    return models
+
+
+def test_evaluate(monkeypatch: pytest.MonkeyPatch, opened: list[StubModel]):
+    from megasparse import evaluate
+    from megasparse.layout import Layout
+
+    calls: list[Any] = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda *arguments, **options: calls.append((arguments, options)))
+    numbers = ["--window", 64, "--stride", 16, "--batch-size", 2, "--limit", 5]
+    paths = ["--task-path", "yamls", "--json", "out.json", "--tokenizer", "there"]
+    how = ["--layout", "tp2pp2", "--precision", "fp32", "--text-key", "body", "--trust-remote-code"]
+    assert run(monkeypatch, "evaluate", "runs/x", "a.txt", "b", "--tasks", "one,two", *numbers, *paths, *how) == 0
+    assert opened[0].arguments == (Path("runs/x"), Path("there"), Layout(tp=2, pp=2), "fp32", True)
+    given = {"window": 64, "stride": 16, "batch_size": 2, "limit": 5, "text_key": "body"}
+    assert calls == [
+        (
+            (opened[0], [Path("a.txt"), Path("b")], ["one", "two"]),
+            {**given, "task_path": Path("yamls"), "json_path": Path("out.json")},
+        )
+    ]
+
+
+def test_generate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], opened: list[StubModel], tmp_path: Path
+):
+    """The prompt is an option or stdin, and an empty one is the start of a document; rank 0 prints."""
+    settings = ["--max-new-tokens", 5, "--temperature", 0.5, "--top-p", 0.9, "--seed", 3]
+    assert run(monkeypatch, "generate", tmp_path, "--prompt", "hi", *settings) == 0
+    assert opened[0].arguments == (tmp_path, None, None, None, False)
+    assert opened[0].asked == ("loaded", [104, 105], 5, 0.5, 0.9, 3)
+    assert capsys.readouterr().out == "hi!\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("yo"))
+    assert run(monkeypatch, "generate", tmp_path) == 0
+    assert capsys.readouterr().out == "yo!\n"
+    assert run(monkeypatch, "generate", tmp_path, "--prompt", "") == 0
+    assert opened[0].asked == ("loaded", [7], 128, 0.0, 1.0, 0)
+    capsys.readouterr()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(monkeypatch, "generate", tmp_path) == 2
+    assert capsys.readouterr().err == "error: several processes cannot share stdin: give the text as --prompt\n"
+    monkeypatch.setenv("RANK", "1")
+    assert run(monkeypatch, "generate", tmp_path, "--prompt", "x") == 0
+    assert capsys.readouterr().out == ""

@@ -13,7 +13,7 @@ from torch.nn import ModuleList
 from megasparse import generate as module
 from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
-from megasparse.generate import generate, key_value_caches, next_token_logits
+from megasparse.generate import all_logits, generate, key_value_caches, likeliest, next_token_logits
 from megasparse.layers import linear
 from megasparse.model import build_model
 from megasparse.sparsity.weight import sparse_weights
@@ -59,6 +59,17 @@ def test_logits_are_the_models(model: tuple) -> None:
     assert_close(logits, expected, 1e-6)
 
 
+def test_logits_of_all_positions_are_the_models(model: tuple) -> None:
+    gpt, recipe, place = model
+    tokens = torch.randint(0, small.VOCAB, (3, 7))
+    logits = all_logits(gpt.eval(), recipe, place, tokens)
+    assert logits.shape == (3, 7, small.VOCAB)
+    with torch.no_grad():
+        assert_close(logits, gpt[0](tokens, torch.arange(7).expand(3, 7), None), 1e-6)
+    for row, ids in zip(logits, tokens.tolist(), strict=True):
+        assert_close(row[-1], next_token_logits(gpt, recipe, place, ids), 1e-6)
+
+
 def test_a_seed_is_a_text(model: tuple) -> None:
     gpt, recipe, place = model
     texts = [generate(gpt, recipe, place, PROMPT, 20, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
@@ -93,6 +104,23 @@ def test_a_low_temperature_is_greedy(model: tuple) -> None:
     gpt, recipe, place = model
     cold = generate(gpt, recipe, place, PROMPT, 10, temperature=1e-4, seed=3)
     assert cold == generate(gpt, recipe, place, PROMPT, 10)
+
+
+def test_the_likeliest_tokens(model: tuple) -> None:
+    """The fewest that have top_p together: as many as needed, the last of them included."""
+    probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    for top_p, kept in ((0.39, [1]), (0.41, [1, 3]), (0.75, [1, 2, 3]), (0.95, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])):
+        assert likeliest(probabilities, top_p).nonzero().flatten().tolist() == kept
+    gpt, recipe, place = model
+    greedy = generate(gpt, recipe, place, PROMPT, 10)
+    assert generate(gpt, recipe, place, PROMPT, 10, temperature=2.0, top_p=1e-6) == greedy
+    assert generate(gpt, recipe, place, PROMPT, 10, temperature=2.0) != greedy
+
+
+def test_stops_when_told_that_it_is_enough(model: tuple) -> None:
+    gpt, recipe, place = model
+    whole = generate(gpt, recipe, place, PROMPT, 15)
+    assert generate(gpt, recipe, place, PROMPT, 15, until=lambda new: new[-2:] == whole[3:5]) == whole[:5]
 
 
 def test_stops_before_the_stop_token(model: tuple) -> None:

@@ -15,7 +15,7 @@ from megasparse.layout import Layout
 from megasparse.model import build_model
 from tests import small
 from tests.helpers import assert_close, relative_error, run_distributed
-from tests.parity import MOE, TOKENIZER, VOCAB, compare, reference_of, run
+from tests.parity import MOE, VOCAB, compare, reference_of, run
 
 # Every layout ---------------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ def save(raw: dict[str, Any], folder: Path) -> None:
     engine = Engine(recipe, place, *build_model(recipe, place, VOCAB))
     for step in range(2):
         engine.train_step(small.batches(recipe, step), step, 3e-3)
-    Saver(engine, folder, "", TOKENIZER).save(2)
+    Saver(engine, folder, "", small.TOKENIZER).save(2)
 
 
 @pytest.fixture(scope="module")

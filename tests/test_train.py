@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -16,9 +19,12 @@ from unittest import mock
 import pytest
 import yaml
 
+from megasparse import cli
+from megasparse.checkpoint.folder import read_manifest
 from megasparse.config import load_recipe
 from megasparse.data.loader import Batch
 from megasparse.data.prepare import PrepareConfig, prepare
+from megasparse.data.tokenizer import load_tokenizer
 from megasparse.engine import Engine
 from megasparse.metrics import MetricsLogger, read_metrics
 from megasparse.train import train
@@ -73,6 +79,26 @@ def command(*arguments: object, processes: int = 1) -> list[str]:
 
 
 def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """The command line in processes that have imported everything."""
+    return run_distributed(command_line, processes, [str(argument) for argument in arguments])[0]
+
+
+def command_line(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """In this rank, as if it were a process of its own."""
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["megasparse", *arguments]),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+        pytest.raises(SystemExit) as stop,
+    ):
+        cli.main()
+    assert isinstance(stop.value.code, int)
+    return subprocess.CompletedProcess(arguments, stop.value.code, output.getvalue(), errors.getvalue())
+
+
+def launch(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """As a user does."""
     return subprocess.run(
         command(*arguments, processes=processes), capture_output=True, text=True, timeout=200, env=environment()
     )
@@ -105,7 +131,7 @@ def kill_after(run_dir: Path, steps: int, arguments: list[str]) -> None:
 @pytest.mark.slow
 def test_a_run_explains_itself(tmp_path: Path, corpus: Path) -> None:
     recipe = write_recipe(tmp_path, corpus, eval_interval=5, eval_tokens=500)
-    done = run("train", recipe, "--run-dir", tmp_path / "run", "optimizer.lr=0.01")
+    done = launch("train", recipe, "--run-dir", tmp_path / "run", "optimizer.lr=0.01")
     assert done.returncode == 0, done.stderr
     records = read_metrics(tmp_path / "run")
     assert [r["step"] for r in records] == list(range(1, 13))
@@ -120,6 +146,9 @@ def test_a_run_explains_itself(tmp_path: Path, corpus: Path) -> None:
         assert (tmp_path / "run" / name).stat().st_size > 0, name
     for said in ("sample:", "bits/byte", "gzip -9", "xz", "--resume"):
         assert said in done.stdout, said
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_12"
+    assert load_tokenizer(checkpoint).hash == load_tokenizer(corpus).hash
+    assert [data_set["path"] for data_set in read_manifest(checkpoint)["data"]] == [str(corpus)]
 
     again = run("train", recipe, "--run-dir", tmp_path / "run")
     assert again.returncode == 2
@@ -140,12 +169,11 @@ def test_killed_and_resumed_equals_never_killed(tmp_path: Path, corpus: Path, pr
     arguments = ["train", recipe, *layout, *asynchronous, "--run-dir", killed]
     kill_after(killed, 6, command(*arguments, processes=processes))
     kill_after(killed, 9, command(*arguments, "--resume", processes=processes))
-    done = run(*arguments, "--resume", processes=processes)
+    done = launch(*arguments, "--resume", processes=processes)
     assert done.returncode == 0, done.stderr
     assert without_timing(killed) == without_timing(whole)
 
 
-@pytest.mark.slow
 def test_a_longer_budget_goes_on_with_the_same_data(tmp_path: Path, corpus: Path) -> None:
     """12 steps, then 8 more: the same as 20 at once, where the learning rate does not look ahead."""
     recipe = write_recipe(tmp_path, corpus)
@@ -205,7 +233,7 @@ def consumed(recipe: Path, overrides: list[str], run_dir: Path, resume: bool) ->
                 seen.append((step, int(index[0]) // len(index), hash(tuple(tokens.tolist()))))
         return step_of_the_engine(engine, batches, step, learning_rate)
 
-    with mock.patch.object(Engine, "train_step", train_step):
+    with mock.patch.object(Engine, "train_step", train_step), mock.patch("megasparse.train.SAMPLE_TOKENS", 1):
         train(load_recipe(recipe, overrides), run_dir, resume)
     return seen
 
@@ -352,18 +380,18 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path: Path, corpus: Path) -> N
     assert "optimizer.lr=1e+30" in done.stderr
 
 
-def test_a_picture_of_the_blocks_that_a_run_sees(corpus: Path, tmp_path: Path) -> None:
+def test_a_picture_of_the_blocks_that_a_run_sees(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """tools/block_map.py draws the newest checkpoint, saved in any layout; another run gets one clear error."""
     path = write_recipe(tmp_path, corpus, steps=2)
     sparse = "model.sparse_attention={selector: pooled, block_size: 4, blocks: 5, dense_end: 0.5}"
-    subprocess.run([*command("train", path, sparse, "--run-dir", tmp_path / "sparse")], check=True)
-    program = [sys.executable, str(Path(__file__).parents[1] / "tools/block_map.py")]
+    assert run("train", path, sparse, "--run-dir", tmp_path / "sparse").returncode == 0
+    program = str(Path(__file__).parents[1] / "tools/block_map.py")
     picture = tmp_path / "map.png"
-    subprocess.run([*program, str(tmp_path / "sparse"), "--output", str(picture)], check=True)
+    subprocess.run([sys.executable, program, str(tmp_path / "sparse"), "--output", str(picture)], check=True)
     assert picture.read_bytes().startswith(b"\x89PNG")
     recipe = tmp_path / "sparse" / "recipe.yaml"
     raw = yaml.safe_load(recipe.read_text())
     recipe.write_text(yaml.safe_dump({**raw, "model": {**raw["model"], "sparse_attention": None}}))
-    done = subprocess.run([*program, str(tmp_path / "sparse")], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "has no model.sparse_attention: there are no blocks to show" in done.stderr
+    monkeypatch.setattr(sys, "argv", [program, str(tmp_path / "sparse")])
+    with pytest.raises(SystemExit, match=r"^error: .* has no model\.sparse_attention: there are no blocks to show$"):
+        runpy.run_path(program, run_name="__main__")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megasparse.checkpoint import folder as checkpoints
 
@@ -50,18 +51,48 @@ class Reader:
         checkpoints.verify(self.path, self.manifest)
 
     def pieces(self, name: str) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """(offsets in the whole, rectangle) of one tensor, a piece at a time."""
+        """(offsets in the whole, rectangle) of one tensor, a piece at a time. Their memory is the file's."""
         stored: TensorStorageMetadata = self._stored[name]
         for chunk in stored.chunks:
             place = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            with (self.path / place.relative_path).open("rb") as file:
-                file.seek(place.offset)
-                content = file.read(place.length)
-            yield tuple(chunk.offsets), torch.load(io.BytesIO(content), weights_only=True)
+            yield tuple(chunk.offsets), _mapped(self.path / place.relative_path, place.offset, place.length)
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
-        whole = torch.empty(self.tensors[name].shape, dtype=self.tensors[name].dtype)
-        for offsets, piece in self.pieces(name):
-            whole[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))] = piece
-        return whole
+        shape = self.tensors[name].shape
+        return self.region(name, (0,) * len(shape), shape)
+
+    def region(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A rectangle of one tensor, in memory of its own."""
+        region = torch.empty(shape, dtype=self.tensors[name].dtype)
+        for start, piece in self.pieces(name):
+            sizes = zip(offsets, shape, start, piece.shape, strict=True)
+            common = [(max(a, b), min(a + n, b + m)) for a, n, b, m in sizes]
+            if all(first < last for first, last in common):
+                here, there = (
+                    tuple(
+                        slice(first - origin, last - origin)
+                        for (first, last), origin in zip(common, origins, strict=True)
+                    )
+                    for origins in (offsets, start)
+                )
+                region[here] = piece[there]
+        return region
+
+
+def _mapped(path: Path, start: int, length: int) -> Tensor:
+    """The tensor that torch.save wrote at ``start`` of a file, mapped: what is not read takes no memory, and all of it
+    is given back with the tensor."""
+    with path.open("rb") as file:
+        view: Any = _create_file_view(file, start, length)
+        described = torch.load(view, map_location="meta", weights_only=True)  # type, shape and strides
+        view.seek(0)
+        archive: Any = torch._C.PyTorchFileReader(view)
+        elements = start + archive.get_record_offset("data/0")
+        if described.numel() == 0:
+            return torch.empty_like(described, device="cpu")
+        before = elements % mmap.ALLOCATIONGRANULARITY
+        size = before + described.untyped_storage().nbytes()
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=elements - before)
+    storage = torch.frombuffer(mapped, dtype=described.dtype, offset=before)
+    return storage.as_strided(described.shape, described.stride(), described.storage_offset())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +16,10 @@ from megasparse import topology
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.ranks import together
 from megasparse.checkpoint.state import SavePlanner, Sharded, numbers, random_state, tensors
+from megasparse.data.tokenizer import FILES as TOKENIZER_FILES
+from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine import Engine
-from megasparse.files import sha256_of_file
+from megasparse.files import sha256_of_file, sync
 
 WRITE_TIMEOUT = timedelta(hours=1)  # how long ranks wait for the slowest one's disk
 
@@ -27,9 +30,18 @@ class Saver:
     With ``training.async_save`` the state is copied and a thread writes it while training goes on; what goes wrong
     there is raised by the next ``save`` or by ``wait``, which must be called at the end."""
 
-    def __init__(self, engine: Engine, folder: Path, fingerprint: str, tokenizer: str | None = None) -> None:
-        """``fingerprint``: of the data. ``tokenizer``: its hash, for runs that begin with these weights, if known."""
-        self.engine, self.folder, self.fingerprint, self.tokenizer = engine, folder, fingerprint, tokenizer
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        fingerprint: str,
+        tokenizer: Tokenizer | None = None,
+        sets: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """``fingerprint``: of the data. ``tokenizer``: written into each checkpoint, if known. ``sets``: what the
+        manifest says of each data set (TrainingData.sets)."""
+        self.engine, self.folder, self.fingerprint = engine, folder, fingerprint
+        self.tokenizer, self.sets = tokenizer, sets
         self._group = topology.background_group(WRITE_TIMEOUT)
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
@@ -45,7 +57,8 @@ class Saver:
             "layout": str(engine.topology),
             "world_size": dist.get_world_size(),
             "data_fingerprint": self.fingerprint,
-            "tokenizer": self.tokenizer,
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.hash,
+            "data": list(self.sets),
             **numbers(engine),
             "recipe": recipe.model_dump(mode="json"),
         }
@@ -90,6 +103,8 @@ class Saver:
         """On rank 0, when every rank's files are on disk."""
         files = {name: file for part in parts for name, file in part.items()}
         files[".metadata"] = _describe(partial / ".metadata")
+        if self.tokenizer is not None:
+            files |= _write_tokenizer(self.tokenizer, partial)
         checkpoints.write_manifest(partial, {**manifest, "files": files})
         checkpoints.publish(partial, final)
         training = self.engine.recipe.training
@@ -116,6 +131,14 @@ def _make_room(partial: Path, parts: list[dict[str, int]]) -> None:
     needed = sum({name: size for part in parts for name, size in part.items()}.values())
     if needed > shutil.disk_usage(partial).free:
         raise ValueError(f"no space left on the device: {needed:,} bytes are needed")
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    tokenizer.save(folder)
+    written = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    for file in written:
+        sync(file)
+    return {file.name: _describe(file) for file in written}
 
 
 def _describe(file: Path) -> dict[str, Any]:

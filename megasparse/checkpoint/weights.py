@@ -1,12 +1,17 @@
-"""Weights without a training state: those of another run that a run begins with, and its teacher's."""
+"""Weights without a training state: those of another run that a run begins with, its teacher's, and a model's that is
+evaluated or writes text."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch.nn as nn
+
+from megasparse import platform
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.load import check_tensors, differences, read, verify
 from megasparse.checkpoint.reader import Reader
@@ -22,7 +27,10 @@ from megasparse.distillation import Teacher, teacher_recipe
 from megasparse.engine import Engine
 from megasparse.files import sha256_of_file
 from megasparse.layers import te
+from megasparse.layout import check_layout
 from megasparse.model import build_model
+from megasparse.schedule import masked_share
+from megasparse.sparsity.weight import sparse_weights
 from megasparse.topology import Topology
 
 MODEL = "model."  # what the names of weights and buffers begin with
@@ -36,7 +44,7 @@ class Source:
     """A checkpoint of another run."""
 
     path: Path
-    recipe: Recipe  # the run's; a teacher's as distillation.teacher_recipe makes it
+    recipe: Recipe  # the run's; a teacher's as distillation.teacher_recipe makes it, or as inference_source does
     step: int
 
     @property
@@ -44,6 +52,13 @@ class Source:
         """For the record: ``sha256`` is that of the manifest, which has those of the other files."""
         sha256 = sha256_of_file(self.path / "manifest.json")
         return {"path": str(self.path.resolve()), "run": self.recipe.name, "step": self.step, "sha256": sha256}
+
+
+class Vocabulary(NamedTuple):
+    """Of a checkpoint."""
+
+    size: int  # rows of the embedding
+    tokenizer: str | None  # its hash, if the checkpoint says
 
 
 # Before any work, in one process --------------------------------------------------------------------------------------
@@ -64,24 +79,49 @@ def teacher_source(recipe: Recipe, vocab_size: int, tokenizer: str, world_size: 
     return replace(source, recipe=teacher_recipe(recipe, source.recipe, source.path, world_size))
 
 
+def inference_source(path: Path, parallel: dict[str, Any], precision: str | None) -> tuple[Source, Vocabulary]:
+    """The checkpoint at ``path`` for inference: its recipe with this ``parallel`` section and ``precision`` (None: its
+    own), without the rules of training alone. ValueError if it is not whole, or not possible in this world's layout."""
+    source, vocabulary = _read(path)
+    raw, own = source.recipe.model_dump(mode="json"), source.recipe
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    raw["parallel"] = parallel
+    raw["schedule"] = {"type": "constant"}
+    raw["training"].update(global_batch_size=world_size, micro_batch_size=1, recompute="none")
+    raw["training"]["precision"] = precision or own.training.precision
+    if own.model.moe is not None:
+        raw["model"]["moe"]["aux_loss_scope"] = "micro_batch"
+    if own.sparsity.weights is not None:
+        raw["sparsity"]["weights"]["mvue"] = "none"
+    recipe = parse_recipe(raw, str(path))
+    check_layout(recipe, world_size)
+    return replace(source, recipe=recipe), vocabulary
+
+
 def _source(field: str, path: Path, vocab_size: int, tokenizer: str) -> Source:
     """The vocabulary is the same if it has as many tokens and if its tokenizer, where the checkpoint says which, has
-    the hash of the data's. Other data will do. Reads the manifest and the table of tensors only."""
+    the hash of the data's. Other data will do."""
     try:
-        manifest = checkpoints.read_manifest(path)
-        checkpoints.verify(path, manifest, [".metadata"])
-        tokens = Reader(path).tensors["model.embedding.word_embeddings.weight"].shape[0]
-        recipe = parse_recipe(manifest["recipe"], source="its recipe")
+        source, vocabulary = _read(path)
     except ValueError as error:
         raise ValueError(f"{field}={path}: {error}") from None
-    if tokens != vocab_size:
+    if vocabulary.size != vocab_size:
         raise ValueError(
-            f"{field}={path}: its vocabulary has {tokens} tokens, this run's {vocab_size}: prepare the data with its "
-            "tokenizer, or set model.vocab_size"
+            f"{field}={path}: its vocabulary has {vocabulary.size} tokens, this run's {vocab_size}: prepare the data "
+            "with its tokenizer, or set model.vocab_size"
         )
-    if manifest.get("tokenizer") not in (None, tokenizer):
+    if vocabulary.tokenizer not in (None, tokenizer):
         raise ValueError(f"{field}={path}: it has another tokenizer than data.sets: prepare the data with that one")
-    return Source(path, recipe, manifest["step"])
+    return source
+
+
+def _read(path: Path) -> tuple[Source, Vocabulary]:
+    """Reads the manifest and the table of tensors only."""
+    manifest = checkpoints.read_manifest(path)
+    checkpoints.verify(path, manifest, [".metadata"])
+    tokens = Reader(path).tensors["model.embedding.word_embeddings.weight"].shape[0]
+    recipe = parse_recipe(manifest["recipe"], source="its recipe")
+    return Source(path, recipe, manifest["step"]), Vocabulary(tokens, manifest.get("tokenizer"))
 
 
 # On every rank --------------------------------------------------------------------------------------------------------
@@ -100,17 +140,27 @@ def load_initial(engine: Engine, source: Source) -> list[str]:
 
 
 def load_teacher(recipe: Recipe, source: Source, topology: Topology, vocab_size: int) -> Teacher:
-    """The teacher of ``recipe``, as it was when ``source`` was saved: with its masks, and in its state of schedules.
-    ValueError as load_initial, but with every tensor there. Random generators are left as they were."""
+    """The teacher of ``recipe``: ``load_model`` of ``source``."""
     assert recipe.training.teacher is not None
+    return Teacher(recipe.training.teacher, source.recipe, topology, load_model(source, topology, vocab_size))
+
+
+def load_model(source: Source, topology: Topology, vocab_size: int) -> nn.ModuleList:
+    """The model of ``source``'s recipe without an optimizer, as it was when it was saved: with its masks, and in its
+    state of schedules; in evaluation mode. ValueError as load_initial, but with every tensor there. Random generators
+    are left as they were."""
     random = random_state(topology.rank)
     chunks, state = build_model(source.recipe, topology, vocab_size)
     set_random_state(random)
     _load(source.path, weights(chunks, topology))
     for scales in te.delayed_scales(chunks):
         scales.give(unit=1)  # it has no gradients
-    state.begin(source.step - 1, source.recipe.training.steps, 1)
-    return Teacher(recipe.training.teacher, source.recipe, topology, chunks)
+    state.begin(max(source.step, 1) - 1, source.recipe.training.steps, 1)
+    for sparse in sparse_weights(chunks):
+        sparse.masked = masked_share(state.progress, sparse.sparsity)
+    for parameter in chunks.parameters():  # as DeepSpeed casts them for training: megatron-core makes some in float32
+        parameter.data = parameter.data.to(platform.DTYPES[source.recipe.training.precision])
+    return chunks.eval().requires_grad_(False)
 
 
 def _load(path: Path, state: dict[str, Sharded], fresh: re.Pattern[str] | None = None) -> list[str]:

@@ -14,6 +14,7 @@ class Rope(Section):
     """Rotary position embedding (RoFormer) and the scalings of HF's ``modeling_rope_utils``."""
 
     theta: PositiveFloat = 10_000.0
+    percent: Annotated[float, Field(gt=0, le=1)] = 1.0  # of a head's channels are rotated, the first ones (Megatron)
     scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     factor: PositiveFloat = 1.0
     original_max_position_embeddings: PositiveInt | None = None  # llama3, yarn
@@ -172,6 +173,11 @@ class Model(Section):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.head_size * self.rope.percent)
+
+    @property
     def ffn_size(self) -> int:
         return self.ffn_hidden_size or 4 * self.hidden_size
 
@@ -221,8 +227,11 @@ class Model(Section):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by num_query_groups={self.kv_heads}"
             )
-        if self.position_embedding == "rope" and self.head_size % 2:
-            raise ValueError(f"head_dim={self.head_size} is odd: rotary embedding needs pairs")
+        if self.position_embedding == "rope" and (self.rotary_dim == 0 or self.rotary_dim % 2):
+            raise ValueError(
+                f"head_dim={self.head_size} with rope.percent={self.rope.percent:g} rotates {self.rotary_dim} "
+                "channels: rotary embedding needs pairs"
+            )
         if self.qk_norm != "none" and self.normalization != "RMSNorm":
             raise ValueError(f"qk_norm={self.qk_norm} needs normalization=RMSNorm")
         if self.sparse_attention is not None:

@@ -72,6 +72,7 @@ class TrainingData:
             for i, (s, m) in enumerate(zip(data.sets, manifests, strict=True))
         ]
         self._samples = Blend(sets, [s.weight for s in data.sets], [str(s.path) for s in data.sets])
+        self.sets = [_describe(s, m) for s, m in zip(data.sets, manifests, strict=True)]  # for the record
         total = sum(s.weight for s in data.sets)
         order = {
             "sets": [[m.train.bin_sha256, s.weight / total] for s, m in zip(data.sets, manifests, strict=True)],
@@ -216,6 +217,20 @@ def make_batch(
         document_ids=torch.from_numpy(np.cumsum(starts, axis=1)) if data.document_mask else None,
         token_index=torch.from_numpy(number * seq + position),
     )
+
+
+def _describe(data_set: config.DataSet, manifest: Manifest) -> dict[str, Any]:
+    """A set of a recipe, and its training documents."""
+    train = manifest.train
+    return {
+        "path": str(data_set.path.resolve()),
+        "weight": data_set.weight,
+        "documents": train.documents,
+        "tokens": train.tokens,
+        "utf8_bytes": train.utf8_bytes,
+        "bin_sha256": train.bin_sha256,
+        "tokenizer": manifest.tokenizer_hash,
+    }
 
 
 def _open_sets(data: config.Data) -> tuple[list[Manifest], Tokenizer]:

@@ -46,7 +46,7 @@ class SentencePieceTokenizer:
     """A SentencePiece model. Lossless if trained by ``train_sentencepiece``, but for U+2581, given back as a space."""
 
     def __init__(self, model: bytes, source: str) -> None:
-        self._model = model
+        self.model = model  # the file
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
@@ -64,14 +64,14 @@ class SentencePieceTokenizer:
         return self._processor.decode(list(ids))
 
     def save(self, folder: Path) -> None:
-        (folder / SENTENCEPIECE_FILE).write_bytes(self._model)
+        (folder / SENTENCEPIECE_FILE).write_bytes(self.model)
 
 
 class HuggingFaceTokenizer:
     """A ``tokenizer.json``. Special tokens that occur in a text are encoded as ordinary text."""
 
     def __init__(self, model: bytes, eod_token: str, source: str) -> None:
-        self._model, self._eod_token = model, eod_token
+        self.model, self.eod_token = model, eod_token  # the file, and what its config names
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(model)
         except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
@@ -93,8 +93,8 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def save(self, folder: Path) -> None:
-        (folder / HUGGINGFACE_FILE).write_bytes(self._model)
-        (folder / HUGGINGFACE_CONFIG).write_text(json.dumps({"eos_token": self._eod_token}) + "\n")
+        (folder / HUGGINGFACE_FILE).write_bytes(self.model)
+        (folder / HUGGINGFACE_CONFIG).write_text(json.dumps({"eos_token": self.eod_token}) + "\n")
 
 
 def load_tokenizer(path: Path, eod_token: str | None = None) -> Tokenizer:

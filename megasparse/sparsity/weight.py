@@ -94,18 +94,9 @@ class SparseWeight(nn.Module):
         factor = (self.mask, self.masked) if self.sparsity.cuts_gradients else None
         return _Substitute.apply(weight, self.boost, product, factor, self.boosted)  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def _product(self, weight: Tensor) -> Tensor:
-        if self.sparsity.method == "s_ste":
-            scale = self.scale if weight.dim() == 2 else self.scale[:, None, None]
-            soft = two_four.soft_threshold_24(weight).mul_(scale.to(weight.dtype))
-            return torch.where(scale > 0, soft, weight)
-        if self.sparsity.method == "dense":
-            return weight.detach()
-        product = torch.where(self.mask, weight, self.masked * weight if self.masked else 0.0)
-        if self.boost is not None:
-            _groups(product, self.boost).add_(self.boost.unsqueeze(-1))
-        return product
+        scale = self.scale if self.sparsity.method == "s_ste" else None
+        return forward_weight(weight, self.sparsity, self.mask, scale, self.boost, self.masked)
 
     @property
     def door_now(self) -> Door:
@@ -190,6 +181,25 @@ class SparseWeight(nn.Module):
         masked = ~self.mask.view(-1)[start : start + len(weight)]
         share = torch.full_like(second_moment, decay).div_(second_moment.sqrt().add_(eps)).clamp_(max=1.0)
         weight.addcmul_(weight * masked, share, value=-1.0)
+
+
+@torch.no_grad()
+def forward_weight(
+    weight: Tensor, sparsity: WeightSparsity, mask: Tensor, scale: Tensor | None, boost: Tensor | None, masked: float
+) -> Tensor:
+    """What the forward pass takes for the weight, or for some rows or experts of it, given the same of its state.
+    ``masked``: the share of a masked weight that is left (schedule.masked_share)."""
+    if sparsity.method == "s_ste":
+        assert scale is not None
+        scale = scale if weight.dim() == 2 else scale[:, None, None]
+        soft = two_four.soft_threshold_24(weight).mul_(scale.to(weight.dtype))
+        return torch.where(scale > 0, soft, weight)
+    if sparsity.method == "dense":
+        return weight.detach()
+    product = torch.where(mask, weight, masked * weight if masked else 0.0)
+    if boost is not None:
+        _groups(product, boost).add_(boost.unsqueeze(-1))
+    return product
 
 
 def sparse_weights(module: nn.Module) -> Iterator[SparseWeight]:

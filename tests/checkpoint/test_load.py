@@ -186,7 +186,7 @@ def test_saved_in_each_layout_and_resumed_in_each(
 def saved(single: Topology, tmp_path: Path) -> tuple[Engine, Path]:
     """An engine whose steps 1 and 2 are saved."""
     engine = engine_of(recipe_of(), single)
-    saver = Saver(engine, tmp_path, FINGERPRINT)
+    saver = Saver(engine, tmp_path, FINGERPRINT, small.TOKENIZER)
     for step in (1, 2):
         run(engine, step - 1, step)
         saver.save(step)
@@ -198,10 +198,11 @@ def test_damage_is_refused_by_name_and_nothing_is_loaded(saved: tuple[Engine, Pa
     engine, folder = saved
     path, before = folder / "step_2", state_of(engine)
     files = sorted(path.iterdir())
-    assert [file.name for file in files] == [".metadata", "__0_0.distcp", "manifest.json"]
+    tokenizer = ["tokenizer.json", "tokenizer_config.json"]
+    assert [file.name for file in files] == [".metadata", "__0_0.distcp", "manifest.json", *tokenizer]
     for file in files:
         content = file.read_bytes()
-        flips = [flipped(content, i) for i in (40, len(content) // 2, len(content) - 4)]
+        flips = [flipped(content, i) for i in (len(content) // 8, len(content) // 2, len(content) - 4)]
         for damaged in (*flips, content[:-1], content + b"x" * 100, None):
             if damaged is None:
                 file.unlink()

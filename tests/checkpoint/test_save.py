@@ -25,6 +25,7 @@ from megasparse.checkpoint.reader import Reader
 from megasparse.checkpoint.save import Saver
 from megasparse.checkpoint.state import tensors
 from megasparse.config import parse_recipe
+from megasparse.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megasparse.engine import Engine
 from megasparse.layout import Layout
 from megasparse.processes import RankError, Workers
@@ -57,6 +58,41 @@ def test_the_manifest(saver: Saver) -> None:
     assert parse_recipe(manifest["recipe"]) == saver.engine.recipe
     assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {"manifest.json"}
     checkpoints.verify(path, manifest)
+
+
+def test_a_checkpoint_has_its_tokenizer_and_names_its_data(single: Topology, tmp_path: Path) -> None:
+    """As the file that was given, hashed like the others; the manifest has what TrainingData says of its sets."""
+    engine = engine_of(recipe_of(), single)
+    sentencepiece = train_sentencepiece(["def f(x):\n    return x\n"], vocab_size=280)
+    given: list[tuple[Tokenizer, set[str]]] = [
+        (small.TOKENIZER, {"tokenizer.json", "tokenizer_config.json"}),
+        (sentencepiece, {"tokenizer.model"}),
+    ]
+    for step, (tokenizer, names) in enumerate(given, 1):
+        sets = [{"path": "/data/a", "weight": 1.0, "tokens": 7}]
+        Saver(engine, tmp_path, FINGERPRINT, tokenizer, sets).save(step)
+        path = tmp_path / f"step_{step}"
+        manifest = checkpoints.read_manifest(path)
+        assert (manifest["tokenizer"], manifest["data"]) == (tokenizer.hash, sets)
+        assert set(manifest["files"]) == {".metadata", "__0_0.distcp", *names}
+        checkpoints.verify(path, manifest)
+        assert load(engine, path) == step
+        again = load_tokenizer(path)
+        assert (again.hash, again.eod, again.vocab_size) == (tokenizer.hash, tokenizer.eod, tokenizer.vocab_size)
+    damaged = bytearray((path / "tokenizer.model").read_bytes())
+    damaged[100] ^= 1
+    (path / "tokenizer.model").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"the SHA-256 of tokenizer\.model .* step_1 before it is whole"):
+        load(engine, path)
+
+
+def test_a_checkpoint_of_before_is_loaded(saver: Saver) -> None:
+    """Without a tokenizer's files, and without ``tokenizer`` and ``data`` in its manifest."""
+    path = saver.folder / "step_1"
+    manifest = checkpoints.read_manifest(path)
+    assert manifest["tokenizer"] is None
+    checkpoints.write_manifest(path, {k: v for k, v in manifest.items() if k not in ("tokenizer", "data")})
+    assert load(saver.engine, path) == 1
 
 
 def test_bytes_are_three_floats_a_parameter(saver: Saver) -> None:

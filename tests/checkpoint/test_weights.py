@@ -34,7 +34,7 @@ from tests import small
 from tests.checkpoint.runs import FINGERPRINT, MOE, SPARSITY, assert_same, disturb, engine_of, run, state_of
 from tests.helpers import run_distributed
 
-VOCAB, TOKENIZER = small.VOCAB - 1, "a tokenizer's hash"
+VOCAB, TOKENIZER = small.VOCAB - 1, small.TOKENIZER.hash
 MODEL = {"num_layers": 4, "bias": "qkv", "tie_embeddings": True}
 
 
@@ -56,7 +56,7 @@ def saved(single: Topology, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
     engine = engine_of(dense(), single)
     run(engine, 0, 2)
-    Saver(engine, folder, FINGERPRINT, TOKENIZER).save(2)
+    Saver(engine, folder, FINGERPRINT, small.TOKENIZER).save(2)
     return folder / "step_2"
 
 
@@ -242,6 +242,8 @@ def test_a_tokenizer_that_is_not_known_and_other_data_will_do(saved: Path, tmp_p
 
 # A teacher ------------------------------------------------------------------------------------------------------------
 
+FADING = {"method": "mdgf", "ramp": 0.3}  # what is masked is still a part of the product
+
 
 def student_of(path: Path, layout: str = "single") -> Recipe:
     raw = dense(layout).model_dump(mode="json")
@@ -268,7 +270,7 @@ def test_a_teacher_is_as_it_was_saved(single: Topology, tmp_path: Path) -> None:
     """With its masks and router biases, in its place of the schedules, in a layout that splits everything."""
     author: Engine = engine_of(dense(sparsity={"weights": SPARSITY}, model={"num_layers": 4, "head_dim": 16}), single)
     run(author, 0, 3)
-    Saver(author, tmp_path, FINGERPRINT, TOKENIZER).save(3)
+    Saver(author, tmp_path, FINGERPRINT, small.TOKENIZER).save(3)
     reader = Reader(tmp_path / "step_3")
     whole = {name: reader.read(name) for name in reader.tensors if name.startswith("model.")}
     covered = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in whole.items()}
@@ -287,16 +289,17 @@ def test_a_teacher_is_as_it_was_saved(single: Topology, tmp_path: Path) -> None:
     )
 
 
-def test_a_teacher_says_what_its_own_run_would(single: Topology, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", [SPARSITY, FADING], ids=["masked", "fading"])
+def test_a_teacher_says_what_its_own_run_would(single: Topology, tmp_path: Path, weights: dict[str, Any]) -> None:
     """With 2:4 weights, in FP8, and with as many attention blocks as at that point of its ramp."""
     own = dense(
         model={"sparse_attention": {"selector": "pooled", "block_size": 4, "blocks": 4, "ramp": 0.3}, "init_std": 0.2},
         training={"fp8": {"recipe": "delayed"}},
-        sparsity={"weights": SPARSITY},
+        sparsity={"weights": weights},
     )
     author = engine_of(own, single)
     run(author, 0, 3)
-    Saver(author, tmp_path, FINGERPRINT, TOKENIZER).save(3)
+    Saver(author, tmp_path, FINGERPRINT, small.TOKENIZER).save(3)
     recipe = student_of(tmp_path / "step_3")
     source = teacher_source(recipe, VOCAB, TOKENIZER, 1)
     assert source is not None

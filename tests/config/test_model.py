@@ -24,7 +24,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model.moe.top_k": 9}, "top_k=9 is more than num_experts=8"),
     ({"model.hidden_size": 66}, "hidden_size=66 is not divisible by num_attention_heads=4"),
     ({"model.num_query_groups": 3}, "num_attention_heads=4 is not divisible by num_query_groups=3"),
-    ({"model.head_dim": 15}, "head_dim=15 is odd"),
+    ({"model.head_dim": 15}, "head_dim=15 with rope.percent=1 rotates 15 channels"),
     ({"model.normalization": "LayerNorm", "model.qk_norm": "head"}, "qk_norm=head needs normalization=RMSNorm"),
     ({"model.moe.layers": [1, 0]}, "moe.layers has 2 flags for num_layers=4"),
     ({"model.moe.layers": 5}, "moe.layers selects no layer"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megasparse.config import Data
 from megasparse.data.loader import Batch, TrainingData, ValidationWindows, make_batch
+from megasparse.data.manifest import read_manifest
 from megasparse.data.tokenizer import load_tokenizer
 
 from .conftest import MakeSet
@@ -68,6 +69,17 @@ def test_blend_keeps_its_proportion(small_set: Path, second_set: Path):
     mine = {tuple(row) for row in rows(alone.step(0, 400, 1, 0, 1), "tokens").tolist()}
     mixed = rows(TrainingData(recipe(small_set, second_set, weights=(3, 1)), seed=5).step(0, 400, 1, 0, 1), "tokens")
     assert sum(tuple(row) in mine for row in mixed.tolist()) == 300
+
+
+def test_what_is_recorded_of_each_set(small_set: Path, second_set: Path):
+    first, second = TrainingData(recipe(small_set, second_set, weights=(3, 1)), seed=5).sets
+    split = read_manifest(small_set).train
+    assert first == {
+        **{"path": str(small_set), "weight": 3.0, "documents": split.documents, "tokens": split.tokens},
+        **{"utf8_bytes": split.utf8_bytes, "bin_sha256": split.bin_sha256},
+        "tokenizer": load_tokenizer(small_set).hash,
+    }
+    assert (second["path"], second["weight"], second["tokenizer"]) == (str(second_set), 1.0, first["tokenizer"])
 
 
 def reference(tokens: list[int], eod: int) -> tuple[list[int], list[int]]:

@@ -1,0 +1,60 @@
+"""Writing tensors of a checkpoint in one process, a block at a time: what reader.py reads, and any layout loads."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.utils.serialization import config as serialization
+
+from megasparse.files import sync
+
+METADATA = ".metadata"
+Shape = tuple[int, ...]
+
+
+class Sink(Protocol):
+    """A binary file: ``bytes`` are how many were written."""
+
+    bytes: int
+
+    def write(self, data: Any) -> int: ...
+
+    def flush(self) -> None: ...
+
+
+def write_block(sink: Sink, name: str, offsets: Shape, block: Tensor) -> list[Any]:
+    """Write a rectangle of the tensor ``name``, in memory of its own; returns what ``write_metadata`` has to know.
+    torch.save makes no checksums of it: the manifest has better ones."""
+    start = sink.bytes
+    with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+        torch.save(block, sink)  # type: ignore[arg-type]  # it has all that is needed
+    return [name, list(offsets), list(block.shape), start, sink.bytes - start]
+
+
+def write_metadata(
+    folder: Path, tensors: Mapping[str, tuple[Shape, torch.dtype]], blocks: Mapping[str, list[list[Any]]]
+) -> None:
+    """The table of tensors, of which each file of ``blocks`` has those that write_block returned."""
+    metadata: Any = Metadata(state_dict_metadata={}, storage_data={})
+    for name, (shape, dtype) in tensors.items():
+        metadata.state_dict_metadata[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), [])
+    for file, written in blocks.items():
+        for name, offsets, sizes, start, length in written:
+            chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            metadata.state_dict_metadata[name].chunks.append(chunk)
+            metadata.storage_data[MetadataIndex(name, chunk.offsets)] = _StorageInfo(file, start, length)
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    sync(folder / METADATA)
