@@ -191,9 +191,9 @@ def together(texts: list[Text]) -> Text:
 def table_of_texts(figures: dict[str, Any]) -> Table:
     title = f"{figures['model']}: windows of {figures['window']} tokens every {figures['stride']}"
     table = Table(title=title, title_justify="left")
-    table.add_column("file")
+    table.add_column("file", overflow="fold")
     for column in ("documents", "tokens", "bytes", "nats/token", "perplexity", "bits/byte"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in [*figures["files"], *([figures["all"]] if len(figures["files"]) > 1 else [])]:
         skipped = "".join(f", {count} skipped: {reason}" for reason, count in row["skipped"].items())
         table.add_row(
@@ -210,7 +210,7 @@ def table_of_tasks(found: dict[str, Any]) -> Table:
     """lm-eval names a figure METRIC,FILTER and its standard error METRIC_stderr,FILTER."""
     table = Table(title="lm-eval", title_justify="left")
     for column in ("task", "metric"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in ("value", "standard error"):
         table.add_column(column, justify="right")
     for task, values in found["results"].items():

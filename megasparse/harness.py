@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
 
         lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, max_length=window, batch_size=batch_size)
+    if not is_main():
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the first rank says the same
     found = simple_evaluate(
         model=lm,
         tasks=list(names),

@@ -18,14 +18,14 @@ from megasparse.placement import blocks, local_buffers, local_weights
 from tests import small
 from tests.helpers import assert_close, run_distributed
 
-STEPS = 5
+STEPS = 5  # as many as schedules, masks made anew and histories of FP8 need
 VOCAB = small.VOCAB - 1  # odd: tensor parallelism pads it
 MOE = {"aux_loss_coefficient": 0.05, "z_loss_coefficient": 0.001}
 TOKENIZER = small.TOKENIZER.hash
 
 
-def train(raw: dict[str, Any], masked: bool) -> dict[str, Any]:
-    """STEPS updates on this rank; what it saw and what it holds."""
+def train(raw: dict[str, Any], masked: bool, count: int) -> dict[str, Any]:
+    """``count`` updates on this rank; what it saw and what it holds."""
     recipe = parse_recipe(raw)
     place = small.start(recipe)
     chunks, state = build_model(recipe, place, VOCAB)
@@ -47,7 +47,7 @@ def train(raw: dict[str, Any], masked: bool) -> dict[str, Any]:
     for layer, moe in moe_layers(chunks):
         moe.router.register_forward_hook(record(layer))
     steps = []
-    for step in range(STEPS):
+    for step in range(count):
         batches = small.batches(recipe, step, place.dp_rank, place.dp, masked)
         result = engine.train_step(batches, step, 3e-3)
         steps.append(
@@ -57,7 +57,7 @@ def train(raw: dict[str, Any], masked: bool) -> dict[str, Any]:
                 **result.distillation,
             }
         )
-    nats, tokens = engine.evaluate(small.batches(recipe, STEPS, place.dp_rank, place.dp, masked))
+    nats, tokens = engine.evaluate(small.batches(recipe, count, place.dp_rank, place.dp, masked))
     weights, buffers = (
         [
             (w.name, w.shape, [(o, part.float().clone()) for o, part in blocks(w, 0, w.tensor.detach().reshape(-1))])
@@ -85,35 +85,36 @@ def whole(ranks: list[dict[str, Any]], kind: str = "weights") -> dict[str, Tenso
 
 
 @functools.cache
-def one_process(text: str, masked: bool) -> dict[str, Any]:
+def one_process(text: str, masked: bool, steps: int) -> dict[str, Any]:
     """The reference: plain AdamW in one process, data parallelism as accumulation."""
-    return run_distributed(train, 1, json.loads(text), masked)[0]
+    return run_distributed(train, 1, json.loads(text), masked, steps)[0]
 
 
-def reference_of(recipe: Recipe, masked: bool, **training: Any) -> dict[str, Any]:
+def reference_of(recipe: Recipe, masked: bool, steps: int = STEPS, **training: Any) -> dict[str, Any]:
     raw = recipe.model_dump(mode="json")
     raw["optimizer"]["eps"] = 1e-3
     raw["training"].update(training)
     raw["parallel"] = {"zero_stage": 0 if raw["training"]["precision"] == "fp32" else 1}
-    return one_process(json.dumps(raw), masked)
+    return one_process(json.dumps(raw), masked, steps)
 
 
-def run(recipe: Recipe, layout: str, masked: bool, **parallel: Any) -> list[dict[str, Any]]:
+def run(recipe: Recipe, layout: str, masked: bool, steps: int = STEPS, **parallel: Any) -> list[dict[str, Any]]:
     raw = recipe.model_dump(mode="json")
     raw["optimizer"]["eps"] = 1e-3
     parsed = Layout.parse(layout)
-    return run_distributed(train, parsed.world_size, {**raw, "parallel": {**parsed.parallel(), **parallel}}, masked)
+    raw["parallel"] = {**parsed.parallel(), **parallel}
+    return run_distributed(train, parsed.world_size, raw, masked, steps)
 
 
-def compare(recipe: Recipe, layout: str, masked: bool = False, **parallel: Any) -> None:
+def compare(recipe: Recipe, layout: str, masked: bool = False, steps: int = STEPS, **parallel: Any) -> None:
     """Losses and norms to 1e-6, every updated weight to 1e-5, no route flipped.
 
     AdamW divides a gradient by its own size: where it is all rounding (an output projection's first gradients are
     5e-7 with a rounding of 3e-9), eps=1e-8 turns noise into full-size updates: one weight of 86,688 then is 4.7e-5 off
     under ep2, fifteen up to 1e-4 under tp2. With eps=1e-3 such weights move by little in either layout.
     """
-    single = reference_of(recipe, masked)
-    ranks = run(recipe, layout, masked, **parallel)
+    single = reference_of(recipe, masked, steps)
+    ranks = run(recipe, layout, masked, steps, **parallel)
     for rank in ranks:
         for step, (ours, reference) in enumerate(zip(rank["steps"], single["steps"], strict=True)):
             assert_close(ours, reference, 1e-6, f"step {step}")

@@ -161,7 +161,9 @@ def test_what_is_no_hugging_face_model(monkeypatch: pytest.MonkeyPatch, folder: 
     shutil.copytree(folder, path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
-    assert refused(path).startswith(f"the tokenizer in {path} has {trained.VOCAB - 20} tokens, the model of {path} 100: give the one")
+    assert refused(path).startswith(
+        f"the tokenizer in {path} has {trained.VOCAB - 20} tokens, the model of {path} 100: give the one"
+    )
     (path / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": {"AutoConfig": "x.Y"}}))
     assert refused(path) == f"{path} brings its own code: read it, then pass --trust-remote-code"
     shutil.copy(folder / "config.json", path / "config.json")

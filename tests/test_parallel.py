@@ -17,6 +17,8 @@ from tests import small
 from tests.helpers import assert_close, relative_error, run_distributed
 from tests.parity import MOE, VOCAB, compare, reference_of, run
 
+STEPS = 3  # nothing here has a schedule
+
 # Every layout ---------------------------------------------------------------------------------------------------------
 
 DROPLESS = small.recipe(
@@ -35,7 +37,7 @@ LAYOUTS = (
 def test_every_layout_equals_one_process(layout: str) -> None:
     """Tied embeddings of an odd vocabulary, documents and uneven loss masks, a stage without experts (pp4), router
     biases that move, clipping; one sequence a micro-batch."""
-    compare(DROPLESS, layout, masked=True)
+    compare(DROPLESS, layout, masked=True, steps=STEPS)
 
 
 EVERYTHING = small.recipe(
@@ -59,7 +61,7 @@ EVERYTHING = small.recipe(
 @pytest.mark.parametrize("layout", ["tp2+sp", "pp2", "cp2", "ep2", "dp2+zero2", "tp2ep4", "tp2pp2ep2"])
 def test_with_everything_on(layout: str) -> None:
     """Global-batch statistics, router bias, jitter, capacity, shared and dense layers together, under recompute."""
-    compare(EVERYTHING, layout)
+    compare(EVERYTHING, layout, steps=STEPS)
 
 
 POSITION = small.recipe({"norm_placement": "post"}, {**MOE, "capacity_factor": 1.25, "drop_policy": "position"})
@@ -68,7 +70,7 @@ POSITION = small.recipe({"norm_placement": "post"}, {**MOE, "capacity_factor": 1
 @pytest.mark.parametrize("layout", ["tp2", "cp2", "tp2cp2", "ep2dp4"])
 def test_a_capacity_over_the_whole_micro_batch(layout: str) -> None:
     """Which tokens an expert drops depends on all of the micro-batch, wherever its tokens are."""
-    compare(POSITION, layout)
+    compare(POSITION, layout, steps=STEPS)
 
 
 GPT2 = small.recipe(
@@ -88,7 +90,7 @@ GPT2 = small.recipe(
 @pytest.mark.parametrize("layout", ["tp2+sp", "pp2vp2", "cp2", "dp2+zero2", "tp2pp2cp2"])
 def test_gpt2(layout: str) -> None:
     """Learned positions, biases, LayerNorm."""
-    compare(GPT2, layout, masked=True)
+    compare(GPT2, layout, masked=True, steps=STEPS)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_gpt2(layout: str) -> None:
     ids=str,
 )
 def test_uneven_stages(layout: str, parallel: dict[str, Any]) -> None:
-    compare(DROPLESS, layout, masked=True, **parallel)
+    compare(DROPLESS, layout, masked=True, steps=STEPS, **parallel)
 
 
 # A teacher ------------------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 @pytest.mark.parametrize("layout", ["tp2+sp", "pp2vp2", "cp2", "tp2ep2", "dp2+zero2"])
 def test_a_teacher(taught: Recipe, layout: str) -> None:
     """Its logits of each micro-batch meet the student's, over a padded vocabulary that tensor parallelism splits."""
-    compare(taught, layout, masked=True)
+    compare(taught, layout, masked=True, steps=STEPS)
 
 
 # Precisions -----------------------------------------------------------------------------------------------------------
@@ -174,12 +176,12 @@ DROPOUT = {"num_layers": 4, "hidden_dropout": 0.2, "attention_dropout": 0.2}
 def test_recompute_draws_the_same_dropout_in_every_layout(layout: str) -> None:
     """The masks of the first pass, whatever other micro-batches drew in between."""
     plain, recomputed = (
-        run(small.recipe(DROPOUT, {**MOE, "layers": [0, 1, 0, 1]}, {"recompute": recompute}), layout, False)
+        run(small.recipe(DROPOUT, {**MOE, "layers": [0, 1, 0, 1]}, {"recompute": recompute}), layout, False, STEPS)
         for recompute in ("none", "full")
     )
     for ours, reference in zip(recomputed, plain, strict=True):
         assert_close(ours["steps"], reference["steps"], 1e-6)
-    without = reference_of(small.recipe({"num_layers": 4}, {**MOE, "layers": [0, 1, 0, 1]}), False)
+    without = reference_of(small.recipe({"num_layers": 4}, {**MOE, "layers": [0, 1, 0, 1]}), False, STEPS)
     assert relative_error(torch.tensor(plain[0]["steps"][0]["norm"]), torch.tensor(without["steps"][0]["norm"])) > 1e-3
 
 
@@ -187,7 +189,7 @@ def test_dropout_follows_ranks_not_experts_or_optimizers() -> None:
     """Masks are the ranks': layouts that differ in expert parallelism, ZeRO or offload alone draw the same ones."""
     recipe = small.recipe(DROPOUT, MOE)
     reference, *others = (
-        run(recipe, layout, False) for layout in ("dp2+zero0", "dp2", "dp2+zero2", "ep2", "dp2+offload")
+        run(recipe, layout, False, STEPS) for layout in ("dp2+zero0", "dp2", "dp2+zero2", "ep2", "dp2+offload")
     )
     for ranks in others:
         for ours, theirs in zip(ranks, reference, strict=True):

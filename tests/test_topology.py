@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ import torch.distributed as dist
 from megasparse import topology
 from megasparse.layout import Layout
 from tests import small
-from tests.helpers import REPOSITORY, assert_close, run_distributed
+from tests.helpers import assert_close, run_distributed
 from tests.test_engine import engine_of
 
 # Layout of four ranks -> the groups along each dimension. Expert parallelism takes neighbours of a stage.
@@ -165,12 +163,14 @@ def test_one_process() -> None:
         topology.shutdown()
 
 
+def without_a_launcher() -> str:
+    for name in ("WORLD_SIZE", "LOCAL_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    return str(topology.initialize())
+
+
 def test_without_a_launcher_there_is_one_process() -> None:
-    program = "from megasparse import topology; print('layout', str(topology.initialize()))"
-    kept = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, env=kept, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode().splitlines()[-1] == "layout single"
+    assert run_distributed(without_a_launcher, 1) == ["single"]
 
 
 def test_a_layout_of_another_world_is_refused_and_leaves_room_for_another() -> None:

@@ -34,6 +34,7 @@ from megasparse.sparsity.weight import sparse_weights
 from megasparse.topology import Topology
 
 MODEL = "model."  # what the names of weights and buffers begin with
+FP8 = ".fp8_scales."  # in the names of FP8's state
 # What a run may add to the model that it begins with, and that starts as in a new model: the state of weight sparsity
 # (masks, scales, input norms, boosts) and of FP8, and what only chooses blocks of attention (gates, centroids).
 FRESH = re.compile(r"\.sparsity\.|\.fp8_scales\.|\.core_attention\.(gate|centroids)\.")
@@ -79,9 +80,12 @@ def teacher_source(recipe: Recipe, vocab_size: int, tokenizer: str, world_size: 
     return replace(source, recipe=teacher_recipe(recipe, source.recipe, source.path, world_size))
 
 
-def inference_source(path: Path, parallel: dict[str, Any], precision: str | None) -> tuple[Source, Vocabulary]:
+def inference_source(
+    path: Path, parallel: dict[str, Any], precision: str | None, fp8: bool = True
+) -> tuple[Source, Vocabulary]:
     """The checkpoint at ``path`` for inference: its recipe with this ``parallel`` section and ``precision`` (None: its
-    own), without the rules of training alone. ValueError if it is not whole, or not possible in this world's layout."""
+    own), in FP8 only if ``fp8`` and if it was trained so, without the rules of training alone. ValueError if it is not
+    whole, or not possible in this world's layout."""
     source, vocabulary = _read(path)
     raw, own = source.recipe.model_dump(mode="json"), source.recipe
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,6 +93,8 @@ def inference_source(path: Path, parallel: dict[str, Any], precision: str | None
     raw["schedule"] = {"type": "constant"}
     raw["training"].update(global_batch_size=world_size, micro_batch_size=1, recompute="none")
     raw["training"]["precision"] = precision or own.training.precision
+    if not fp8:
+        raw["training"]["fp8"] = None
     if own.model.moe is not None:
         raw["model"]["moe"]["aux_loss_scope"] = "micro_batch"
     if own.sparsity.weights is not None:
@@ -152,7 +158,7 @@ def load_model(source: Source, topology: Topology, vocab_size: int) -> nn.Module
     random = random_state(topology.rank)
     chunks, state = build_model(source.recipe, topology, vocab_size)
     set_random_state(random)
-    _load(source.path, weights(chunks, topology))
+    _load(source.path, weights(chunks, topology), unused="" if source.recipe.training.fp8 else FP8)
     for scales in te.delayed_scales(chunks):
         scales.give(unit=1)  # it has no gradients
     state.begin(max(source.step, 1) - 1, source.recipe.training.steps, 1)
@@ -163,9 +169,11 @@ def load_model(source: Source, topology: Topology, vocab_size: int) -> nn.Module
     return chunks.eval().requires_grad_(False)
 
 
-def _load(path: Path, state: dict[str, Sharded], fresh: re.Pattern[str] | None = None) -> list[str]:
+def _load(path: Path, state: dict[str, Sharded], fresh: re.Pattern[str] | None = None, unused: str = "") -> list[str]:
+    """``unused``: what names have that may be there for nothing."""
     verify(path, lambda: "copy it again, or take another one")
     saved = {name: info for name, info in Reader(path).tensors.items() if name.startswith(MODEL)}
+    saved = {name: info for name, info in saved.items() if not (unused and unused in name)}
     missing = check_tensors(path, state, saved, fresh)
     read(path, {name: sharded for name, sharded in state.items() if name not in missing})
     return missing

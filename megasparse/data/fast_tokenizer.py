@@ -1,9 +1,10 @@
 """A tokenizer as a folder for transformers' ``AutoTokenizer``: ``tokenizer.json`` and ``tokenizer_config.json``.
 
-A ``tokenizer.json`` stays as it is. A SentencePiece model becomes one that gives the same ids for a text and the same
-text for ids; ``save_fast_tokenizer`` compares the two before it returns. Where transformers' SpmConverter would change
-the ids: a text is one word here, since pieces may span spaces, line ends and scripts; ``</s>`` in a text is text;
-unknown characters and a text's first space are decoded as SentencePiece does it.
+A ``tokenizer.json`` stays as it is; tokens that its post-processor adds are left out with ``add_special_tokens=False``,
+as they are in training. A SentencePiece model becomes one that gives the same ids for a text and the same text for ids;
+``save_fast_tokenizer`` compares the two before it returns. Unlike what transformers' SpmConverter makes, a text is one
+word, since pieces may span spaces, line ends and scripts; ``</s>`` in a text is text; unknown characters and a text's
+first space are decoded as SentencePiece does it.
 
 What stays different, since tokenizers cannot express it:
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,13 +87,14 @@ def save_fast_tokenizer(
 
 
 def compare(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, fast: Any) -> None:
-    """ValueError, naming the first text or ids, if ``fast`` encodes one of HARD_TEXTS, the text of a piece, or that
-    repeated, otherwise than ``tokenizer``; or so decodes what these are encoded to, or a piece alone."""
+    """ValueError, naming the first text or ids, if ``fast`` encodes one of HARD_TEXTS, the text of a piece, or
+    pieces in a random order, otherwise than ``tokenizer``; or so decodes what these are encoded to, or a piece."""
     pieces = {i: tokenizer.decode([i]) for i in range(tokenizer.vocab_size)}
     sequences = [[i] for i, text in pieces.items() if text]  # a control piece has none
-    texts = [*HARD_TEXTS, *pieces.values(), *(f"{text}{text} {text}x" for text in pieces.values())]
+    rng, alone = random.Random(0), list(pieces.values())
+    texts = [*HARD_TEXTS, *alone, *("".join(rng.choices(alone, k=10)) for _ in range(5000))]
     scores = _unigram_scores(tokenizer)
-    for text, found in zip(texts, fast(texts, verbose=False)["input_ids"], strict=True):
+    for text, found in zip(texts, fast(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True):
         expected = tokenizer.encode(text)
         if found != expected and not (scores and _same_score(scores, found, expected)):
             raise ValueError(f"the exported tokenizer encodes {text!r} to {found}, its source to {expected}")
@@ -122,14 +125,13 @@ def _files(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # those that occur in a text are text
-        "add_bos_token": False,  # nor is one named: in training a document follows an end-of-document token
-        "add_eos_token": False,
     }
     if max_length is not None:
         config["model_max_length"] = max_length
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.model, {**config, "eos_token": tokenizer.eod_token}
     proto = ModelProto.FromString(tokenizer.model)
+    # No bos_token: in training a document follows an end-of-document token.
     named = {"eos_token": tokenizer.eod, "unk_token": proto.trainer_spec.unk_id, "pad_token": proto.trainer_spec.pad_id}
     tokens = {name: proto.pieces[i].piece for name, i in named.items() if i >= 0}
     return _converted(proto).to_str(pretty=True).encode(), {**config, **tokens}
@@ -171,19 +173,23 @@ def _bpe(proto: ModelProto) -> tokenizers.Tokenizer:
 
 def _unigram(proto: ModelProto) -> tokenizers.Tokenizer:
     """tokenizers would find control and byte pieces in a text: they get a score that the characters they are spelt
-    with always beat. Unknown characters would lose to it, so runs of them are words of their own."""
+    with always beat. Unknown characters would lose to it: runs of them are words of their own, and so are user-defined
+    pieces that have some."""
     trainer = proto.trainer_spec
     lowest = min(piece.score for piece in proto.pieces if piece.type == Piece.NORMAL)
-    vocabulary, known = [], ""
+    vocabulary: list[tuple[str, float]] = []
+    known: set[str] = set()
     for piece in proto.pieces:
-        score = {Piece.NORMAL: piece.score, Piece.USER_DEFINED: -0.1}.get(piece.type)  # -0.1: unigram_model.cc
-        vocabulary.append((piece.piece, 100 * min(lowest, -1.0) if score is None else score))
-        if score is not None and len(piece.piece) == 1:
-            known += f"\\x{{{ord(piece.piece):x}}}"
+        found = piece.type in (Piece.NORMAL, Piece.USER_DEFINED)
+        vocabulary.append((piece.piece, piece.score if found else 100 * min(lowest, -1.0)))
+        if found and len(piece.piece) == 1:
+            known.add(piece.piece)
     converted = tokenizers.Tokenizer(models.Unigram(vocabulary, trainer.unk_id, trainer.byte_fallback))
-    user_defined = "".join(f"{re.escape(piece)}|" for piece in sorted(_user_defined(proto), key=len, reverse=True))
-    unknown = f"(?:(?!{user_defined}[{known}])[\\s\\S])+"
-    converted.pre_tokenizer = pre_tokenizers.Split(Regex(user_defined + unknown), "isolated")
+    odd = sorted((piece for piece in _user_defined(proto) if not known.issuperset(piece)), key=len, reverse=True)
+    before = "".join(f"{re.escape(piece)}|" for piece in odd)
+    characters = "".join(f"\\x{{{ord(character):x}}}" for character in sorted(known))
+    words = Regex(f"{before}(?:(?!{before}[{characters}])[\\s\\S])+")
+    converted.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
     return converted
 
 

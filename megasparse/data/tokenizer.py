@@ -97,7 +97,7 @@ class HuggingFaceTokenizer:
         (folder / HUGGINGFACE_CONFIG).write_text(json.dumps({"eos_token": self.eod_token}) + "\n")
 
 
-def load_tokenizer(path: Path, eod_token: str | None = None) -> Tokenizer:
+def load_tokenizer(path: Path, eod_token: str | None = None) -> SentencePieceTokenizer | HuggingFaceTokenizer:
     """Read a tokenizer from its folder, a ``.model`` or a ``tokenizer.json``.
 
     ``eod_token`` names the end-of-document token of a ``tokenizer.json``; None: the ``eos_token`` of the

@@ -22,6 +22,7 @@ from tests.checkpoint.runs import FINGERPRINT, MODEL, MOE, assert_same, disturb,
 from tests.helpers import run_distributed
 
 SAVED, END = 3, 8  # steps
+BATCH = {"global_batch_size": 4}  # at least two micro-batches a rank
 
 # The same layout: to the bit -----------------------------------------------------------------------------------------
 
@@ -34,10 +35,11 @@ def interrupted_or_not(
     training: dict[str, Any] | None = None,
 ) -> list[float]:
     """3 steps, save, 3 steps; then load into another engine and do the last 3 again."""
-    recipe = recipe_of(layout, precision, **(training or {}))
+    training = {**BATCH, **(training or {})}
+    recipe = recipe_of(layout, precision, **training)
     if sparse is not None:
         model = {**MODEL, "sparse_attention": sparse}
-        recipe = small.recipe(model, MOE, {"micro_batch_size": 1}, parallel=Layout.parse(layout).parallel())
+        recipe = small.recipe(model, MOE, {**BATCH, "micro_batch_size": 1}, parallel=Layout.parse(layout).parallel())
     place = small.start(recipe)
     engine = engine_of(recipe, place)
     run(engine, 0, SAVED)
@@ -96,9 +98,11 @@ def test_histories_of_fp8_are_resumed(tmp_path: Path, layout: str, precision: st
     assert (history[2:, :, :2] > 0).any((1, 2)).all()
     with pytest.raises(ValueError, match=r"training.fp8.margin was 1, is 0"):
         check_resumable(
-            tmp_path / "step_3", recipe_of(layout, precision, fp8={**training["fp8"], "margin": 0}), FINGERPRINT
+            tmp_path / "step_3",
+            recipe_of(layout, precision, fp8={**training["fp8"], "margin": 0}, **BATCH),
+            FINGERPRINT,
         )
-    elsewhere = recipe_of(layout, precision, fp8={**training["fp8"], "emulate": True})
+    elsewhere = recipe_of(layout, precision, fp8={**training["fp8"], "emulate": True}, **BATCH)
     check_resumable(tmp_path / "step_3", elsewhere, FINGERPRINT)
 
 
@@ -119,7 +123,7 @@ BF16_LAYOUTS = ("tp2", "ep2")
 
 def stable(layout: str, precision: str) -> Recipe:
     """No dropout, and an eps at which AdamW does not make rounding into updates."""
-    recipe = recipe_of(layout, precision, dropout=False)
+    recipe = recipe_of(layout, precision, dropout=False, **BATCH)
     return recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"eps": 1e-5})})
 
 

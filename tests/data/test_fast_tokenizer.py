@@ -46,7 +46,7 @@ MODELS = ["ours", *SETTINGS]
 
 
 def corpus() -> list[str]:
-    return [path.read_text() for path in SOURCES[:20]] + sentences(seed=3)
+    return [path.read_text() for path in SOURCES[:8]] + sentences(seed=3)
 
 
 def trained(**settings: Any) -> SentencePieceTokenizer:
@@ -62,12 +62,17 @@ def trained(**settings: Any) -> SentencePieceTokenizer:
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A SentencePiece model, and what AutoTokenizer makes of its export."""
     if request.param == "ours":
-        tokenizer = train_sentencepiece(corpus(), vocab_size=900)
+        tokenizer = train_sentencepiece(corpus(), vocab_size=700)
     else:
-        tokenizer = trained(vocab_size=900, **SETTINGS[request.param])
+        tokenizer = trained(vocab_size=700, **SETTINGS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     save_fast_tokenizer(tokenizer, folder, max_length=512)
     return tokenizer, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def small() -> SentencePieceTokenizer:
+    return train_sentencepiece(corpus(), vocab_size=600)
 
 
 def random_texts(count: int) -> Iterator[str]:
@@ -103,12 +108,12 @@ def assert_same(tokenizer: SentencePieceTokenizer, fast: Any, texts: list[str]) 
 
 
 def test_random_texts(pair: tuple[SentencePieceTokenizer, Any]):
-    assert_same(*pair, list(random_texts(400)))
+    assert_same(*pair, list(random_texts(300)))
 
 
 def test_this_repository(pair: tuple[SentencePieceTokenizer, Any]):
-    texts = [path.read_text() for path in SOURCES[20:60]]
-    assert_same(*pair, [*texts, *(line for text in texts[:15] for line in text.splitlines(keepends=True))])
+    texts = [path.read_text() for path in SOURCES[20:50]]
+    assert_same(*pair, [*texts, *(line for text in texts[:10] for line in text.splitlines(keepends=True))])
 
 
 def test_the_users_ways_to_encode_and_decode(pair: tuple[SentencePieceTokenizer, Any]):
@@ -139,7 +144,7 @@ def test_random_ids(pair: tuple[SentencePieceTokenizer, Any]):
     byte_of = {i: int(processor.id_to_piece(i)[3:5], 16) for i in ids if processor.is_byte(i)}
     rng = random.Random(0)
     whole = 0
-    for _ in range(2000):
+    for _ in range(1500):
         sequence = rng.choices(ids, k=12)
         if rng.random() < 0.3 and byte_of:  # a character that is spelt
             spelt = {value: i for i, value in byte_of.items()}
@@ -165,28 +170,30 @@ def is_utf8(content: bytes) -> bool:
     return True
 
 
-def test_a_merge_out_of_order_is_seen(tmp_path: Path):
-    tokenizer = train_sentencepiece(corpus(), vocab_size=600)
-    save_fast_tokenizer(tokenizer, tmp_path)
+def test_a_merge_out_of_order_is_seen(small: SentencePieceTokenizer, tmp_path: Path):
+    save_fast_tokenizer(small, tmp_path)
     file = tmp_path / "tokenizer.json"
     content = json.loads(file.read_text())
     merges = content["model"]["merges"]
-    for change in (lambda m: [*m[-1:], *m[:-1]], lambda m: m[1:], lambda m: [*m[:40], *reversed(m[40:])]):
-        content["model"]["merges"] = change(merges)
+    pairs = itertools.combinations(range(20, len(merges)), 2)
+    i, j = next((i, j) for i, j in pairs if merges[i][1] == merges[j][0] and len(merges[i][1]) == 1)
+    swapped = [*merges]
+    swapped[i], swapped[j] = merges[j], merges[i]  # both want the same letter
+    for changed in (swapped, merges[1:], [*merges[:40], *reversed(merges[40:])]):
+        content["model"]["merges"] = changed
         file.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="the exported tokenizer encodes .* its source to"):
-            compare(tokenizer, AutoTokenizer.from_pretrained(tmp_path))
+        with pytest.raises(ValueError, match=r"the exported tokenizer encodes .* its source to"):
+            compare(small, AutoTokenizer.from_pretrained(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["normalizer", "decoder"])
-def test_another_difference_is_seen(tmp_path: Path, name: str):
-    tokenizer = train_sentencepiece(corpus(), vocab_size=600)
-    save_fast_tokenizer(tokenizer, tmp_path)
+def test_another_difference_is_seen(small: SentencePieceTokenizer, tmp_path: Path, name: str):
+    save_fast_tokenizer(small, tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content[name] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="the exported tokenizer (en|de)codes .* its source to"):
-        compare(tokenizer, AutoTokenizer.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match=r"the exported tokenizer (en|de)codes .* its source to"):
+        compare(small, AutoTokenizer.from_pretrained(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -203,14 +210,13 @@ def test_what_tokenizers_cannot_express_is_refused(tmp_path: Path, settings: dic
         save_fast_tokenizer(trained(vocab_size=600, **settings, hard_vocab_limit=False), tmp_path)
 
 
-def test_a_model_type_with_its_own_tokenizer_is_refused(tmp_path: Path):
+def test_a_model_type_with_its_own_tokenizer_is_refused(small: SentencePieceTokenizer, tmp_path: Path):
     """transformers 5.23 takes no other than Qwen2Tokenizer for qwen2, whatever tokenizer_config.json says."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    tokenizer = train_sentencepiece(sentences(seed=3), vocab_size=330)
-    save_fast_tokenizer(tokenizer, tmp_path)
+    save_fast_tokenizer(small, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(ValueError, match=r"makes a Qwen2Tokenizer of every tokenizer beside a config\.json"):
-        save_fast_tokenizer(tokenizer, tmp_path)
+        save_fast_tokenizer(small, tmp_path)
 
 
 def test_a_tokenizer_json_stays_as_it_is(tmp_path: Path):
@@ -232,6 +238,7 @@ def test_a_tokenizer_json_stays_as_it_is(tmp_path: Path):
     for fast in (AutoTokenizer.from_pretrained(tmp_path), fast_tokenizer(tokenizer, 64)):
         assert isinstance(fast, transformers.PreTrainedTokenizerFast)
         assert (fast.eos_token_id, fast.model_max_length) == (0, 64)
+        assert fast("a")["input_ids"] == [1, *tokenizer.encode("a")]
         for text in [*HARD_TEXTS, "<|endoftext|> quoted <|pad|>", "word " * 20]:
-            assert fast(text, verbose=False)["input_ids"] == tokenizer.encode(text)
+            assert fast.encode(text, add_special_tokens=False, verbose=False) == tokenizer.encode(text)
             assert fast.decode(tokenizer.encode(text)) == text

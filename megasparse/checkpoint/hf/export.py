@@ -82,8 +82,8 @@ class Export:
         if sparsity.method == "s_ste":  # a number for each matrix
             scale = reader.region(f"{state}scale", *((offsets[:-2], shape[:-2]) if len(shape) > 2 else ((0,), (1,))))
         if sparsity.boost:
-            groups = [(*sizes[:-1], sizes[-1] // sparsity.boost) for sizes in (offsets, shape)]
-            boost = reader.region(f"{state}boost", *groups).to(weight.dtype)
+            rows, columns = (*offsets[:-1], offsets[-1] // sparsity.boost), (*shape[:-1], shape[-1] // sparsity.boost)
+            boost = reader.region(f"{state}boost", rows, columns).to(weight.dtype)
         return forward_weight(weight, sparsity, mask, scale, boost, schedule.masked_share(self.progress, sparsity))
 
 

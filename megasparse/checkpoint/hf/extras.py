@@ -9,19 +9,25 @@ from safetensors.torch import save_file
 
 from megasparse.checkpoint.hf.card import card
 from megasparse.checkpoint.hf.export import MODEL, Export
-from megasparse.checkpoint.hf.from_hf import THEIRS
+from megasparse.checkpoint.hf.from_hf import BESIDE, RECIPE, STATE, THEIRS
 from megasparse.checkpoint.hf.megasparse import MEGASPARSE, MODELING
 from megasparse.checkpoint.hf.prove import Proof
 from megasparse.config import dump_recipe
 from megasparse.data.fast_tokenizer import save_fast_tokenizer
-from megasparse.data.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from megasparse.data.tokenizer import (
+    HUGGINGFACE_FILE,
+    SENTENCEPIECE_FILE,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+)
 from megasparse.files import write_atomic
 
-BESIDE = "megasparse"  # the folder for what transformers does not read
+AnyTokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
 GENERATION = "generation_config.json"
 
 
-def find_tokenizer(export: Export, given: Path | None) -> Tokenizer | None:
+def find_tokenizer(export: Export, given: Path | None) -> AnyTokenizer | None:
     """The checkpoint's, or the one that is ``given``; ValueError if that is another one. None if there is none."""
     path, expected = export.reader.path, export.reader.manifest.get("tokenizer")
     has_one = any((path / name).is_file() for name in (SENTENCEPIECE_FILE, HUGGINGFACE_FILE))
@@ -33,13 +39,13 @@ def find_tokenizer(export: Export, given: Path | None) -> Tokenizer | None:
     return tokenizer
 
 
-def write_extras(export: Export, folder: Path, tokenizer: Tokenizer | None) -> None:
+def write_extras(export: Export, folder: Path, tokenizer: AnyTokenizer | None) -> None:
     """Everything but weights and README.md."""
     beside = folder / BESIDE
     beside.mkdir(exist_ok=True)
-    (beside / "recipe.yaml").write_text(dump_recipe(export.recipe))
+    (beside / RECIPE).write_text(dump_recipe(export.recipe))
     state = {name.removeprefix(MODEL): export.reader.read(name) for name in export.beside}
-    save_file(state, beside / "state.safetensors")
+    save_file(state, beside / STATE)
     theirs = export.reader.path / THEIRS
     for path in sorted(theirs.iterdir()) if theirs.is_dir() else []:
         shutil.copyfile(path, folder / path.name)
@@ -82,7 +88,7 @@ def write_card(export: Export, folder: Path, proof: Proof | None) -> None:
     if export.recipe.sparsity.weights is not None:
         notes.append("2:4 weights are written as the forward pass takes them, with their zeros.")
     if export.beside:
-        notes.append(f"{len(export.beside)} tensors that transformers does not read are in {BESIDE}/state.safetensors.")
+        notes.append(f"{len(export.beside)} tensors that transformers does not read are in {BESIDE}/{STATE}.")
     recipe = export.recipe.model_copy(update={"model": export.model})
     run = export.reader.path.resolve().parent.parent
     text = card(recipe, export.reader.manifest, export.family.model_type, export.family is MEGASPARSE, notes, run)

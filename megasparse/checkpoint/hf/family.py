@@ -7,7 +7,7 @@ training knows (dropout, auxiliary losses, initialisation) are not theirs to say
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,10 +114,16 @@ class Family:
         if model.position_embedding == "rope":
             config["rope_parameters"] = write_rope(model)
         config |= self.write(model)
-        read_back = resolved(self.model(config), vocab_size, positions)
+        read_back = resolved(self.model(self.read_back(config)), vocab_size, positions)
         for path, value, theirs in differences(bearing(said), bearing(read_back)):
             raise ValueError(f"model.{path}={value!r}: a {self.model_type} has {theirs!r}")
         return config
+
+    def read_back(self, config: Fields) -> Fields:
+        """As transformers reads it: a field that is not written has its default."""
+        from transformers import AutoConfig
+
+        return by_names(AutoConfig.for_model(self.model_type, **config), self.fields)
 
     # Tensors ---------------------------------------------------------------------------------------------------------
 
@@ -138,6 +144,15 @@ class Family:
 
     def is_unsaved(self, name: str) -> bool:
         return re.search(self.unsaved, name) is not None
+
+
+def by_names(config: Any, names: Collection[str]) -> Fields:
+    """The fields of a config of transformers; one that has several names, by that in ``names``."""
+    fields = config.to_dict()
+    for alias, real in config.attribute_map.items():
+        if alias in names:
+            fields[alias] = fields.pop(real)
+    return fields
 
 
 def resolved(model: Model, vocab_size: int, positions: int) -> Fields:

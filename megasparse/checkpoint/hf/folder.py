@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megasparse.checkpoint.hf.family import Fields
+from megasparse.checkpoint.hf.family import Fields, by_names
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -91,11 +91,7 @@ class Folder:
             config = AutoConfig.from_pretrained(self.path)
         except (ValueError, KeyError, OSError, TypeError) as error:
             raise ValueError(f"transformers cannot read {self.path / 'config.json'}: {error}") from None
-        fields = config.to_dict()
-        for alias, real in config.attribute_map.items():
-            if alias in names:
-                fields[alias] = fields.pop(real)
-        return fields
+        return by_names(config, names)
 
     def identity(self) -> dict[str, Any]:
         """What changes if a file does."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megasparse.checkpoint import folder as checkpoints
@@ -25,8 +26,9 @@ from megasparse.checkpoint.hf.megasparse import MEGASPARSE
 from megasparse.checkpoint.hf.output import File, Output, Sink
 from megasparse.checkpoint.hf.prove import Proof, Run, check_memory, prove
 from megasparse.checkpoint.hf.tensors import Piece, Shape
+from megasparse.checkpoint.weights import FP8
 from megasparse.checkpoint.writer import METADATA, write_block, write_metadata
-from megasparse.config import Recipe, parse_recipe
+from megasparse.config import Recipe, load_recipe, parse_recipe
 from megasparse.data.tokenizer import FILES as TOKENIZER_FILES
 from megasparse.data.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, load_tokenizer
 from megasparse.files import sha256_of_file
@@ -37,6 +39,7 @@ BLOCK_BYTES = 2**26  # of a tensor that are read, checked and written at once
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SEQ_LENGTH = 2048  # of the recipe, if the model has as many positions
 THEIRS = "huggingface"  # folder for what goes along unread
+BESIDE, STATE, RECIPE = "megasparse", "state.safetensors", "recipe.yaml"  # what to_hf writes of ours
 ALONG = re.compile(
     r"(tokenizer|vocab|special_tokens_map|added_tokens|chat_template|generation_config).*\.(json|jinja)|merges\.txt"
 )
@@ -51,6 +54,7 @@ class Source:
     recipe: Recipe
     tensors: dict[str, tuple[Shape, list[Piece]]]  # of ours
     names: dict[str, str]  # of theirs as the family has them -> as the folder does
+    state: dict[str, Tensor]  # of ours, what a folder that we wrote has of it beside
 
     def dtype(self, pieces: list[Piece]) -> torch.dtype:
         """Of a tensor of ours: the widest of its parts; float32 where it has none."""
@@ -68,18 +72,35 @@ def open_source(path: Path, ignored: frozenset[str], parallel: dict[str, Any]) -
     model = family.model(raw if family is MEGASPARSE else folder.config(family.fields), ignored)
     assert model.vocab_size is not None
     positions = model.max_position_embeddings or SEQ_LENGTH
+    state, fp8 = _beside(path)
     recipe = parse_recipe(
         {
             "name": re.sub(r"[^A-Za-z0-9._-]", "-", path.resolve().name),
             "data": {"sets": [{"path": "data"}], "seq_length": min(positions, SEQ_LENGTH)},
             "model": model.model_dump(mode="json"),
-            "training": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "precision": _precision(folder)},
+            "training": {
+                **{"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+                **{"precision": _precision(folder), "fp8": fp8},
+            },
             "parallel": parallel,
         },
         source=str(path),
     )
     tensors = family.tensors(model, model.vocab_size, positions)
-    return Source(folder, family, recipe, tensors, _names(folder, family, tensors, ignored, model.tie_embeddings))
+    names = _names(folder, family, tensors, ignored, model.tie_embeddings)
+    tensors |= {name: (tuple(scales.shape), []) for name, scales in state.items() if FP8 in name}
+    return Source(folder, family, recipe, tensors, names, state)
+
+
+def _beside(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Of a folder that we wrote: the state that it has beside the weights, and the recipe's FP8."""
+    beside = path / BESIDE
+    if not (beside / STATE).is_file():
+        return {}, None
+    recipe = load_recipe(beside / RECIPE)
+    fp8 = recipe.training.fp8
+    state = {name: tensor for name, tensor in load_file(beside / STATE).items() if fp8 or FP8 not in name}
+    return state, None if fp8 is None else fp8.model_dump(mode="json")
 
 
 def _precision(folder: Folder) -> str:
@@ -181,9 +202,9 @@ def _files(source: Source) -> list[File]:
 def _write_tensor(source: Source, name: str, sink: Sink) -> Iterator[list[Any]]:
     """Blocks of rows, each read, checked and written before the next."""
     shape, pieces = source.tensors[name]
-    if not pieces:  # no router has chosen yet: even loads, no biases
-        even = torch.full(shape, 1 / shape[0] if name.endswith(".load") else 0.0)
-        yield write_block(sink, f"model.{name}", (0,), even)
+    if not pieces:  # where no router has chosen yet: even loads, no biases
+        start = torch.full(shape, 1 / shape[0] if name.endswith(".load") else 0.0)
+        yield write_block(sink, f"model.{name}", (0,) * len(shape), source.state.get(name, start))
     for piece in pieces:
         whole = _read(source, piece, source.dtype(pieces))
         rows = max(1, BLOCK_BYTES // max(1, whole[0].nbytes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megasparse.checkpoint.hf.family import BIAS_UPDATE_RATE, Family, Fields
+from megasparse.checkpoint.hf.family import BIAS_UPDATE_RATE, Family, Fields, write_rope
 from megasparse.checkpoint.hf.llama import ATTENTION, FIELDS, MLP, OURS, PRE_NORM, QK_NORM, QKV_BIAS, TOP
 from megasparse.checkpoint.hf.olmoe import EXPERTS
 from megasparse.checkpoint.hf.tensors import Halves, Same
@@ -20,6 +20,7 @@ def _read(config: Fields) -> Fields:
 def _write(model: Model) -> Fields:
     assert model.moe is not None
     return {
+        "rope_parameters": {**write_rope(model), "partial_rotary_factor": model.rope.percent},  # theirs is 0.5 else
         "first_k_dense_replace": model.moe_layers.index(True),
         "num_nextn_predict_layers": 0,
         "n_shared_experts": model.moe.shared_expert_ffn_hidden_size // model.moe.ffn_hidden_size,

@@ -59,7 +59,7 @@ def check_memory(parameters: int) -> None:
 def prove(checkpoint: Path, theirs: Path, dtype: torch.dtype, layout: Layout, run: Run) -> Proof:
     """Compare logits of ``checkpoint``, its weights rounded to ``dtype``, with those of the folder ``theirs``. Ours are
     computed in ``layout``, by ``run``. ValueError if they differ."""
-    source, vocabulary = inference_source(checkpoint, {}, "fp32")
+    source, vocabulary = inference_source(checkpoint, {}, "fp32", fp8=False)
     tokens = _tokens(source.recipe, vocabulary.size)
     ours = run(_ours, layout.world_size, checkpoint, dtype, layout.parallel(), tokens, timeout=TIMEOUT)[0]
     ((other, problem),) = run(_theirs, 1, theirs, tokens, timeout=TIMEOUT)
@@ -85,13 +85,15 @@ def _tokens(recipe: Recipe, vocab_size: int) -> Tensor:
 def _ours(checkpoint: Path, dtype: torch.dtype, parallel: dict[str, Any], tokens: Tensor) -> Tensor:
     """On each rank of the layout."""
     platform.activate()
-    source, vocabulary = inference_source(checkpoint, parallel, "fp32")
+    source, vocabulary = inference_source(checkpoint, parallel, "fp32", fp8=False)
     place = topology.initialize(check_layout(source.recipe, int(os.environ["WORLD_SIZE"])))
     chunks = load_model(source, place, vocabulary.size)
-    for sparse in sparse_weights(chunks):  # as to_hf does
-        sparse.product = sparse._product(sparse.weight[0].to(dtype)).float()
     for parameter in chunks.parameters():
-        parameter.data = parameter.data.to(dtype).float()
+        parameter.data = parameter.data.to(dtype)
+    for sparse in sparse_weights(chunks):  # as to_hf does
+        sparse.product = sparse._product(sparse.weight[0]).float()
+    for parameter in chunks.parameters():
+        parameter.data = parameter.data.float()
     return all_logits(chunks, source.recipe, place, tokens).cpu()
 
 

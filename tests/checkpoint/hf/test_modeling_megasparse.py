@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from megasparse import topology
 from megasparse.checkpoint.hf import modeling_megasparse
+from megasparse.checkpoint.hf.megasparse import AUTO_MAP, MEGASPARSE
 from megasparse.checkpoint.hf.modeling_megasparse import MegasparseConfig, MegasparseForCausalLM
 from megasparse.config import Model, Recipe, SparseAttention
 from megasparse.generate import generate
@@ -27,10 +28,6 @@ from tests import small
 from tests.helpers import relative_error
 
 SEQ = 64
-AUTO_MAP = {
-    "AutoConfig": "modeling_megasparse.MegasparseConfig",
-    "AutoModelForCausalLM": "modeling_megasparse.MegasparseForCausalLM",
-}
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
 LONG_YARN = {"scaling": "yarn", **YARN, "original_max_position_embeddings": 64}
@@ -121,49 +118,11 @@ def positions(recipe: Recipe) -> dict[str, Any]:
 def exported(state: dict[str, Tensor], recipe: Model) -> dict[str, Tensor]:
     """The exported checkpoint's tensors of our model's."""
     tensors = {}
-    for name, tensor in state.items():
-        if tensor is None or "_extra_state" in name or name.endswith("router.load"):
-            continue
-        if name == "output_layer.weight":
-            tensors["lm_head.weight"] = tensor
-        elif not name.startswith("decoder.layers."):
-            kind = name.rsplit(".", 1)[1]
-            top = {"word_embeddings": "embed_tokens", "position_embeddings": "embed_positions"}
-            tensors[f"model.{top.get(name.split('.')[1], 'norm')}.{kind}"] = tensor
-        else:
-            _, _, layer, rest = name.split(".", 3)
-            tensors |= {f"model.layers.{layer}.{key}": x for key, x in of_layer(rest, tensor, recipe).items()}
+    for name, (_, pieces) in MEGASPARSE.tensors(recipe, small.VOCAB, SEQ).items():
+        for piece in pieces:
+            place = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.shape, strict=True))
+            tensors |= {part.name: part.take(state[name][place]) for part in piece.parts}
     return tensors
-
-
-def of_layer(name: str, tensor: Tensor, recipe: Model) -> dict[str, Tensor]:
-    module, kind = name.rsplit(".", 1)
-    match module:
-        case "self_attention.linear_qkv":
-            grouped = tensor.unflatten(0, (recipe.kv_heads, -1, recipe.head_size))
-            parts = {"q": grouped[:, :-2], "k": grouped[:, -2], "v": grouped[:, -1]}
-            return {f"self_attn.{x}_proj.{kind}": part.reshape(-1, *tensor.shape[1:]) for x, part in parts.items()}
-        case "mlp.linear_fc1" | "mlp.shared_experts.linear_fc1" if recipe.activation == "swiglu":
-            owner = module.removesuffix("linear_fc1")
-            return {f"{owner}{x}_proj.{kind}": part for x, part in zip(("gate", "up"), tensor.chunk(2), strict=True)}
-        case "mlp.experts":
-            projection = {"w1": "gate", "w2": "down", "w3": "up"}[kind]
-            return {f"mlp.experts.{e}.{projection}_proj.weight": weight for e, weight in enumerate(tensor)}
-    names = {
-        "pre_mlp_layernorm": "post_attention_layernorm",
-        "self_attention.post_layernorm": "post_attention_layernorm",
-        "mlp.post_layernorm": "post_feedforward_layernorm",
-        "self_attention.q_layernorm": "self_attn.q_norm",
-        "self_attention.k_layernorm": "self_attn.k_norm",
-        "self_attention.linear_proj": "self_attn.o_proj",
-        "mlp.linear_fc1": "mlp.up_proj",
-        "mlp.linear_fc2": "mlp.down_proj",
-        "mlp.shared_experts.linear_fc2": "mlp.shared_experts.down_proj",
-        "mlp.router": "mlp.gate",
-    }
-    if name == "mlp.router.bias":
-        return {"mlp.gate.e_score_correction_bias": tensor} if recipe.moe and recipe.moe.bias_update_rate else {}
-    return {f"{names.get(module, module.replace('self_attention', 'self_attn'))}.{kind}": tensor}
 
 
 def sparse_model(name: str) -> dict[str, Any]:
