@@ -54,6 +54,7 @@ __all__ = [
     "WeightSparsity",
     "dump_recipe",
     "load_recipe",
+    "parse_model",
     "parse_recipe",
 ]
 
@@ -172,6 +173,14 @@ def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
     """Validate a mapping as a recipe; ValueError as in load_recipe."""
     try:
         return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{source}: " + "; ".join(_describe(e) for e in error.errors())) from None
+
+
+def parse_model(raw: dict[str, Any], source: str) -> Model:
+    """Validate a mapping as a recipe's model; ValueError as in load_recipe."""
+    try:
+        return Model.model_validate(raw)
     except ValidationError as error:
         raise ValueError(f"{source}: " + "; ".join(_describe(e) for e in error.errors())) from None
 

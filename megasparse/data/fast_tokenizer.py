@@ -92,7 +92,7 @@ def compare(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, fast: Any)
     pieces = {i: tokenizer.decode([i]) for i in range(tokenizer.vocab_size)}
     sequences = [[i] for i, text in pieces.items() if text]  # a control piece has none
     rng, alone = random.Random(0), list(pieces.values())
-    texts = [*HARD_TEXTS, *alone, *("".join(rng.choices(alone, k=10)) for _ in range(5000))]
+    texts = [*HARD_TEXTS, *alone, *("".join(rng.choices(alone, k=10)) for _ in range(3000))]
     scores = _unigram_scores(tokenizer)
     for text, found in zip(texts, fast(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True):
         expected = tokenizer.encode(text)

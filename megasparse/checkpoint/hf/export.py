@@ -77,13 +77,14 @@ class Export:
     def _sparse(self, name: str, weight: Tensor, offsets: Shape) -> Tensor:
         sparsity, reader, state = self.recipe.sparsity.weights, self.reader, MODEL + _state_of(name)
         assert sparsity is not None
-        shape, scale, boost = tuple(weight.shape), None, None
+        shape: Shape = tuple(weight.shape)
+        scale = boost = None
         mask = reader.region(f"{state}mask", offsets, shape)
         if sparsity.method == "s_ste":  # a number for each matrix
-            scale = reader.region(f"{state}scale", *((offsets[:-2], shape[:-2]) if len(shape) > 2 else ((0,), (1,))))
-        if sparsity.boost:
-            rows, columns = (*offsets[:-1], offsets[-1] // sparsity.boost), (*shape[:-1], shape[-1] // sparsity.boost)
-            boost = reader.region(f"{state}boost", rows, columns).to(weight.dtype)
+            scale = reader.region(f"{state}scale", *((offsets[:1], shape[:1]) if len(shape) > 2 else ((0,), (1,))))
+        if sparsity.boost:  # a number for so many columns, all of which are here
+            groups = (*shape[:-1], shape[-1] // sparsity.boost)
+            boost = reader.region(f"{state}boost", offsets, groups).to(weight.dtype)
         return forward_weight(weight, sparsity, mask, scale, boost, schedule.masked_share(self.progress, sparsity))
 
 

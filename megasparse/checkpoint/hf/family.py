@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megasparse.checkpoint.hf.tensors import Entry, Piece, Shape
-from megasparse.config import Model
+from megasparse.config import Model, parse_model
 from megasparse.parameters import parameters, router_buffers
 
 Fields = dict[str, Any]
@@ -95,7 +95,7 @@ class Family:
             raw["rope"] = read_rope(config)
         for path, value in self.read(config).items():
             _put(raw, path, value)
-        return Model.model_validate(raw)
+        return parse_model(raw, "the model of config.json")
 
     def config(self, model: Model, vocab_size: int, positions: int) -> Fields:
         """Their config of our model; ValueError naming the first field that it cannot say. ``positions``: how many

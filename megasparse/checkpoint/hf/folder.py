@@ -52,6 +52,7 @@ class Folder:
         self.path, self.stem = path, stem
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} is no Hugging Face model: it has no config.json")
+        self.raw_config()
         self.files = self._files()
         self.tensors = {name: stored for file in self.files for name, stored in self._header(file).items()}
         if (path / stem.index).is_file():

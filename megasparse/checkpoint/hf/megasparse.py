@@ -14,7 +14,7 @@ from megasparse.checkpoint.hf.glm4_moe import GLM4_MOE
 from megasparse.checkpoint.hf.llama import TOP
 from megasparse.checkpoint.hf.olmo2 import POST_NORM
 from megasparse.checkpoint.hf.tensors import Entry, Halves, Same
-from megasparse.config import Model
+from megasparse.config import Model, parse_model
 
 MODELING = Path(__file__).with_name("modeling_megasparse.py")
 AUTO_MAP = {
@@ -37,7 +37,8 @@ class Ours(Family):
     """Its config is the recipe's model."""
 
     def model(self, config: Fields, ignored: frozenset[str] = frozenset()) -> Model:
-        return Model.model_validate({name: config[name] for name in Model.model_fields if name in config})
+        raw = {name: config[name] for name in Model.model_fields if name in config}
+        return parse_model(raw, "the model of config.json")
 
     def config(self, model: Model, vocab_size: int, positions: int) -> Fields:
         return {**resolved(model, vocab_size, positions), "auto_map": AUTO_MAP}
