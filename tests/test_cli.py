@@ -16,6 +16,7 @@ import pytest
 
 from megasparse import __version__, cli
 from megasparse.config import Recipe
+from tests.checkpoint.hf import conversion
 
 MODULE = [sys.executable, "-m", "megasparse"]
 RECIPE = """
@@ -283,3 +284,30 @@ def test_generate(
     monkeypatch.setenv("RANK", "1")
     assert run(monkeypatch, "generate", tmp_path, "--prompt", "x") == 0
     assert capsys.readouterr().out == ""
+
+
+def test_convert_there_and_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = conversion.theirs(tmp_path / "theirs", "llama")
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    assert run(monkeypatch, "convert", "from-hf", folder, ours, "--no-verify") == 0
+    assert run(monkeypatch, "convert", "to-hf", ours, back, "--no-verify", "--family", "mistral") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{back}: logits were not compared"
+    assert json.loads((back / "config.json").read_text())["model_type"] == "mistral"
+    before, after = conversion.read(folder), conversion.read(back)
+    assert before.keys() == after.keys()
+    for arguments, message in (
+        (("from-hf", tmp_path, ours), f"{tmp_path} is no Hugging Face model: it has no config.json"),
+        (("from-hf", folder, ours), f"{ours} is there already: choose another folder or delete it"),
+        (("from-hf", folder, tmp_path / "x", "--layout", "ep2"), "ep=2 needs model.moe"),
+        (("to-hf", tmp_path, tmp_path / "x"), "is not a whole checkpoint"),
+        (("to-hf", ours, tmp_path / "x", "--dtype", "int8"), "--dtype int8: give one of fp32, bf16, fp16"),
+        (("to-hf", ours, tmp_path / "x", "--shard-size", "5"), "--shard-size 5: write it like 500MB or 5GB"),
+        (("to-hf", ours, tmp_path / "x", "--packed"), "has no 2:4 weights that can be packed"),
+    ):
+        assert run(monkeypatch, "convert", *arguments, "--no-verify") == 2, arguments
+        error = capsys.readouterr().err
+        assert error.splitlines()[-1].startswith("error: "), error
+        assert message in error
+        assert not (tmp_path / "x").exists()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megasparse.checkpoint import folder as checkpoints
@@ -54,8 +54,11 @@ class Reader:
         """(offsets in the whole, rectangle) of one tensor, a piece at a time. Their memory is the file's."""
         stored: TensorStorageMetadata = self._stored[name]
         for chunk in stored.chunks:
-            place = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            yield tuple(chunk.offsets), _mapped(self.path / place.relative_path, place.offset, place.length)
+            yield tuple(chunk.offsets), self._piece(name, chunk)
+
+    def _piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+        return _mapped(self.path / place.relative_path, place.offset, place.length)
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
@@ -65,8 +68,10 @@ class Reader:
     def region(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A rectangle of one tensor, in memory of its own."""
         region = torch.empty(shape, dtype=self.tensors[name].dtype)
-        for start, piece in self.pieces(name):
-            sizes = zip(offsets, shape, start, piece.shape, strict=True)
+        stored: TensorStorageMetadata = self._stored[name]
+        for chunk in stored.chunks:
+            start = tuple(chunk.offsets)
+            sizes = zip(offsets, shape, start, chunk.sizes, strict=True)
             common = [(max(a, b), min(a + n, b + m)) for a, n, b, m in sizes]
             if all(first < last for first, last in common):
                 here, there = (
@@ -76,7 +81,7 @@ class Reader:
                     )
                     for origins in (offsets, start)
                 )
-                region[here] = piece[there]
+                region[here] = self._piece(name, chunk)[there]
         return region
 
 

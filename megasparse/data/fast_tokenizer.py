@@ -180,9 +180,13 @@ def _unigram(proto: ModelProto) -> tokenizers.Tokenizer:
     vocabulary: list[tuple[str, float]] = []
     known: set[str] = set()
     for piece in proto.pieces:
-        found = piece.type in (Piece.NORMAL, Piece.USER_DEFINED)
-        vocabulary.append((piece.piece, piece.score if found else 100 * min(lowest, -1.0)))
-        if found and len(piece.piece) == 1:
+        score = 100 * min(lowest, -1.0)
+        if piece.type == Piece.NORMAL:
+            score = piece.score
+        elif piece.type == Piece.USER_DEFINED:
+            score = 0.1 * (len(piece.piece.encode()) - 1)  # measured in SentencePiece 0.2.3; -0.1 in releases before
+        vocabulary.append((piece.piece, score))
+        if piece.type in (Piece.NORMAL, Piece.USER_DEFINED) and len(piece.piece) == 1:
             known.add(piece.piece)
     converted = tokenizers.Tokenizer(models.Unigram(vocabulary, trainer.unk_id, trainer.byte_fallback))
     odd = sorted((piece for piece in _user_defined(proto) if not known.issuperset(piece)), key=len, reverse=True)

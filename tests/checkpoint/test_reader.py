@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megasparse.checkpoint.folder import write_manifest
 from megasparse.checkpoint.reader import Reader
 from megasparse.checkpoint.save import Saver
+from megasparse.checkpoint.writer import write_block, write_metadata
 from megasparse.layout import Layout
 from tests import small
 from tests.checkpoint.runs import FINGERPRINT, engine_of, recipe_of, run
@@ -84,3 +90,79 @@ print(largest, "deepspeed" in sys.modules, "megatron" in sys.modules)
     tensors = Reader(path).tensors.values()
     assert 0 < int(largest) <= max(4 * torch.Size(t.shape).numel() for t in tensors) // 2
     assert imported == ["False", "False"], "reading needs neither"
+
+
+# Rectangles -----------------------------------------------------------------------------------------------------------
+
+
+class Sink:
+    def __init__(self, path: Path) -> None:
+        self.file, self.bytes = path.open("wb"), 0
+
+    def write(self, data: Any) -> int:
+        self.bytes += self.file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def written(folder: Path, whole: torch.Tensor, blocks: list[tuple[tuple[int, ...], torch.Tensor]]) -> Reader:
+    sink = Sink(folder / "file")
+    table = [write_block(sink, "x", offsets, block) for offsets, block in blocks]
+    sink.file.close()
+    write_metadata(folder, {"x": (tuple(whole.shape), whole.dtype)}, {"file": table})
+    write_manifest(folder, {"files": {}})
+    return Reader(folder)
+
+
+def cuts(rng: random.Random, size: int) -> list[tuple[int, int]]:
+    """0 .. size in up to four parts."""
+    edges = [0, *sorted(rng.sample(range(1, size), min(size - 1, rng.randrange(4)))), size]
+    return list(itertools.pairwise(edges))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_rectangle_of_any_pieces(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    shape = tuple(rng.randrange(2, 9) for _ in range(seed + 1))
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    places: list[tuple[tuple[int, int], ...]] = [()]
+    for size in shape:
+        places = [(*place, part) for place in places for part in cuts(rng, size)]
+    rng.shuffle(places)
+    blocks = [(tuple(a for a, _ in place), whole[tuple(slice(*part) for part in place)].clone()) for place in places]
+    reader = written(tmp_path, whole, blocks)
+    assert torch.equal(reader.read("x"), whole)
+    for _ in range(50):
+        offsets = tuple(rng.randrange(size) for size in shape)
+        sizes = tuple(rng.randrange(size - start + 1) for size, start in zip(shape, offsets, strict=True))
+        region = reader.region("x", offsets, sizes)
+        here = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+        assert torch.equal(region, whole[here])
+        assert region.is_contiguous()
+        assert region.untyped_storage().nbytes() == region.nbytes
+
+
+def memory(field: str) -> int:
+    """Bytes of this process."""
+    (kilobytes,) = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
+def test_a_rectangle_takes_no_memory_for_the_rest(tmp_path: Path) -> None:
+    """Neither while it is read (the peak is begun anew before) nor after."""
+    piece = torch.zeros(2_000, 25_000)  # 200 MB
+    piece[1000] = torch.arange(25_000)
+    reader = written(tmp_path, piece, [((0, 0), piece)])
+    del piece
+    reader.region("x", (0, 0), (1, 1))  # what is imported at first
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    region = reader.region("x", (1000, 100), (2, 300))
+    assert torch.equal(region, torch.stack([torch.arange(100.0, 400.0), torch.zeros(300)]))
+    assert memory("VmHWM") - before < 20e6
+    whole = reader.read("x")
+    assert memory("VmHWM") - before > 190e6, "the measure sees nothing"
+    assert memory("RssFile") + memory("RssAnon") - before < whole.nbytes + 20e6, "what was mapped is kept"

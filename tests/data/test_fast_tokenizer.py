@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "unigram": {"model_type": "unigram"},
     "unigram_bytes": {"model_type": "unigram", "byte_fallback": True, "add_dummy_prefix": False, **IDENTITY},
-    "unigram_nfkc": {"model_type": "unigram", "normalization_rule_name": "nfkc", "user_defined_symbols": ["de"]},
+    "unigram_nfkc": {"model_type": "unigram", "normalization_rule_name": "nfkc", "user_defined_symbols": ["de", "<m>"]},
 }
 MODELS = ["ours", *SETTINGS]
 
@@ -72,7 +72,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def small() -> SentencePieceTokenizer:
-    return train_sentencepiece(corpus(), vocab_size=600)
+    return train_sentencepiece(sentences(seed=3), vocab_size=400)
 
 
 def random_texts(count: int) -> Iterator[str]:

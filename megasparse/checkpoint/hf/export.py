@@ -83,7 +83,7 @@ class Export:
         if sparsity.method == "s_ste":  # a number for each matrix
             scale = reader.region(f"{state}scale", *((offsets[:1], shape[:1]) if len(shape) > 2 else ((0,), (1,))))
         if sparsity.boost:  # a number for so many columns, all of which are here
-            groups = (*shape[:-1], shape[-1] // sparsity.boost)
+            groups = (*weight.shape[:-1], weight.shape[-1] // sparsity.boost)
             boost = reader.region(f"{state}boost", offsets, groups).to(weight.dtype)
         return forward_weight(weight, sparsity, mask, scale, boost, schedule.masked_share(self.progress, sparsity))
 

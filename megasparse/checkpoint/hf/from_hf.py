@@ -32,7 +32,7 @@ from megasparse.config import Recipe, load_recipe, parse_recipe
 from megasparse.data.tokenizer import FILES as TOKENIZER_FILES
 from megasparse.data.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, load_tokenizer
 from megasparse.files import sha256_of_file
-from megasparse.layout import Layout
+from megasparse.layout import Layout, check_layout
 
 FILE_BYTES = 2**30  # of tensors in a file of the checkpoint, if none alone is larger
 BLOCK_BYTES = 2**26  # of a tensor that are read, checked and written at once
@@ -62,10 +62,10 @@ class Source:
         return max(dtypes, key=lambda dtype: dtype.itemsize) if dtypes else torch.float32
 
 
-def open_source(path: Path, ignored: frozenset[str], parallel: dict[str, Any]) -> Source:
+def open_source(path: Path, ignored: frozenset[str], layout: Layout) -> Source:
     """Read config.json and the headers of the safetensors at ``path``. ValueError, naming the field or the tensor, if
     the model cannot be said, or if a tensor is missing, left over or of another shape. ``ignored``: fields of the
-    config whose value does not matter, and beginnings of names of tensors to leave out."""
+    config whose value does not matter, and beginnings of names of tensors to leave out. ``layout``: of the recipe."""
     folder = Folder(path)
     raw = folder.raw_config()
     family = family_of(raw["model_type"], raw)
@@ -79,13 +79,14 @@ def open_source(path: Path, ignored: frozenset[str], parallel: dict[str, Any]) -
             "data": {"sets": [{"path": "data"}], "seq_length": min(positions, SEQ_LENGTH)},
             "model": model.model_dump(mode="json"),
             "training": {
-                **{"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+                **{"steps": 1, "global_batch_size": layout.world_size, "micro_batch_size": 1},
                 **{"precision": _precision(folder), "fp8": fp8},
             },
-            "parallel": parallel,
+            "parallel": layout.parallel(),
         },
         source=str(path),
     )
+    check_layout(recipe, layout.world_size)
     tensors = family.tensors(model, model.vocab_size, positions)
     names = _names(folder, family, tensors, ignored, model.tie_embeddings)
     tensors |= {name: (tuple(scales.shape), []) for name, scales in state.items() if FP8 in name}
@@ -260,7 +261,7 @@ def from_hf(
     """Convert the folder ``path`` into the checkpoint ``final``, and compare their logits, ours in ``layout`` by
     ``run`` (None: do not compare). A run that was stopped is gone on with. ValueError for everything that is not as
     it should be; then there is no ``final``."""
-    source = open_source(path, ignored, layout.parallel())
+    source = open_source(path, ignored, layout)
     if run is not None:
         check_memory(sum(math.prod(shape) for shape, _ in source.tensors.values()))
     identity = {

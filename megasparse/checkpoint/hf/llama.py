@@ -46,6 +46,8 @@ LLAMA = Family(
     ours=OURS,
     top=TOP,
     layer={**PRE_NORM, **ATTENTION, **MLP},
+    # SmolLM2's, which transformers does not read.
+    neutral=("is_llama_config", "rope_interleaved", "transformers.js_config"),
 )
 MISTRAL = Family(
     model_type="mistral",

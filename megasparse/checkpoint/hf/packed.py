@@ -40,5 +40,6 @@ def load_packed(path: Path, **options: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-    load: Any = AutoModelForCausalLM.from_pretrained
-    return load(None, config=config, state_dict=dict(unpacked(path)), trust_remote_code=True, **options)
+    with torch.device("meta"):  # for its class: the automatic one wants a folder that it can load
+        model: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=True))
+    return model.from_pretrained(None, config=config, state_dict=dict(unpacked(path)), **options)

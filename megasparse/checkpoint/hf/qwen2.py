@@ -33,4 +33,5 @@ QWEN2 = Family(
     read=full_attention,
     write=no_window,
     reads=WINDOWS,
+    neutral=("use_mrope",),  # Qwen2.5's, which transformers does not read
 )

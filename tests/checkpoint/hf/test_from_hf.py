@@ -17,6 +17,7 @@ from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.hf import from_hf as converting
 from megasparse.checkpoint.hf.from_hf import open_source
 from megasparse.checkpoint.reader import Reader
+from megasparse.layout import Layout
 from tests.checkpoint.hf.conversion import convert, theirs
 
 Tensors = dict[str, Tensor]
@@ -216,4 +217,4 @@ def test_types_are_kept(tmp_path: Path) -> None:
     reader = Reader(tmp_path / "ours")
     assert {info.dtype for info in reader.tensors.values()} == {torch.bfloat16}
     assert reader.manifest["recipe"]["training"]["precision"] == "bf16"
-    assert open_source(folder, frozenset(), {}).recipe.training.precision == "bf16"
+    assert open_source(folder, frozenset(), Layout()).recipe.training.precision == "bf16"
