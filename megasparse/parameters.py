@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from megasparse.config import Model, MoE, SparseAttention
 
 Shapes = dict[str, tuple[int, ...]]
+FP8_SCALES = ".fp8_scales."  # in the names of what layers in FP8 keep
 
 
 def parameters(model: Model, vocab_size: int, seq_length: int) -> Shapes:

@@ -29,6 +29,7 @@ from megasparse.files import sha256_of_file
 from megasparse.layers import te
 from megasparse.layout import check_layout
 from megasparse.model import build_model
+from megasparse.parameters import FP8_SCALES
 from megasparse.schedule import masked_share
 from megasparse.sparsity.weight import sparse_weights
 from megasparse.topology import Topology
@@ -158,7 +159,7 @@ def load_model(source: Source, topology: Topology, vocab_size: int) -> nn.Module
     random = random_state(topology.rank)
     chunks, state = build_model(source.recipe, topology, vocab_size)
     set_random_state(random)
-    _load(source.path, weights(chunks, topology), unused="" if source.recipe.training.fp8 else FP8)
+    _load(source.path, weights(chunks, topology), unused="" if source.recipe.training.fp8 else FP8_SCALES)
     for scales in te.delayed_scales(chunks):
         scales.give(unit=1)  # it has no gradients
     state.begin(max(source.step, 1) - 1, source.recipe.training.steps, 1)

@@ -120,10 +120,14 @@ class Family:
         return config
 
     def read_back(self, config: Fields) -> Fields:
-        """As transformers reads it: a field that is not written has its default."""
+        """As transformers reads it: a field that is not written has its default. ValueError if it refuses it."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
-        return by_names(AutoConfig.for_model(self.model_type, **config), self.fields)
+        try:
+            return by_names(AutoConfig.for_model(self.model_type, **config), self.fields)
+        except StrictDataclassError as error:
+            raise ValueError(f"transformers refuses the config of such a {self.model_type}: {error}") from None
 
     # Tensors ---------------------------------------------------------------------------------------------------------
 

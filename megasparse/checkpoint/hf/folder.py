@@ -86,11 +86,12 @@ class Folder:
     def config(self, names: Collection[str]) -> Fields:
         """config.json as transformers reads it, with its defaults; of a field that has several names, by that in
         ``names``."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(self.path)
-        except (ValueError, KeyError, OSError, TypeError) as error:
+        except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
             raise ValueError(f"transformers cannot read {self.path / 'config.json'}: {error}") from None
         return by_names(config, names)
 
@@ -117,7 +118,7 @@ class Folder:
 
     def _index(self) -> dict[str, str]:
         try:
-            return json.loads((self.path / self.stem.index).read_text())["weight_map"]
+            return dict(json.loads((self.path / self.stem.index).read_text())["weight_map"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{self.path / self.stem.index} is no index of safetensors: download it again") from None
 

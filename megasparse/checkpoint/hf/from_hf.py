@@ -26,16 +26,16 @@ from megasparse.checkpoint.hf.megasparse import MEGASPARSE
 from megasparse.checkpoint.hf.output import File, Output, Sink
 from megasparse.checkpoint.hf.prove import Proof, Run, check_memory, prove
 from megasparse.checkpoint.hf.tensors import Piece, Shape
-from megasparse.checkpoint.weights import FP8
 from megasparse.checkpoint.writer import METADATA, write_block, write_metadata
 from megasparse.config import Recipe, load_recipe, parse_recipe
 from megasparse.data.tokenizer import FILES as TOKENIZER_FILES
 from megasparse.data.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, load_tokenizer
 from megasparse.files import sha256_of_file
 from megasparse.layout import Layout, check_layout
+from megasparse.parameters import FP8_SCALES
 
 FILE_BYTES = 2**30  # of tensors in a file of the checkpoint, if none alone is larger
-BLOCK_BYTES = 2**26  # of a tensor that are read, checked and written at once
+BLOCK_BYTES = 2**24  # of a tensor that are read, checked and written at once
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SEQ_LENGTH = 2048  # of the recipe, if the model has as many positions
 THEIRS = "huggingface"  # folder for what goes along unread
@@ -89,7 +89,7 @@ def open_source(path: Path, ignored: frozenset[str], layout: Layout) -> Source:
     check_layout(recipe, layout.world_size)
     tensors = family.tensors(model, model.vocab_size, positions)
     names = _names(folder, family, tensors, ignored, model.tie_embeddings)
-    tensors |= {name: (tuple(scales.shape), []) for name, scales in state.items() if FP8 in name}
+    tensors |= {name: (tuple(scales.shape), []) for name, scales in state.items() if FP8_SCALES in name}
     return Source(folder, family, recipe, tensors, names, state)
 
 
@@ -100,7 +100,7 @@ def _beside(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         return {}, None
     recipe = load_recipe(beside / RECIPE)
     fp8 = recipe.training.fp8
-    state = {name: tensor for name, tensor in load_file(beside / STATE).items() if fp8 or FP8 not in name}
+    state = {name: tensor for name, tensor in load_file(beside / STATE).items() if fp8 or FP8_SCALES not in name}
     return state, None if fp8 is None else fp8.model_dump(mode="json")
 
 

@@ -12,15 +12,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from megasparse import platform, topology
 from megasparse.checkpoint.hf import packed
 from megasparse.checkpoint.hf.folder import Folder
 from megasparse.checkpoint.hf.megasparse import MEGASPARSE
-from megasparse.checkpoint.weights import inference_source, load_model
-from megasparse.config import Recipe
-from megasparse.generate import all_logits
+from megasparse.checkpoint.reader import Reader
+from megasparse.config import parse_recipe
 from megasparse.layout import Layout, check_layout
-from megasparse.sparsity.weight import sparse_weights
 
 Run = Callable[..., list[Any]]  # processes.Workers.run
 SEQUENCES, TOKENS = 2, 64
@@ -59,8 +56,7 @@ def check_memory(parameters: int) -> None:
 def prove(checkpoint: Path, theirs: Path, dtype: torch.dtype, layout: Layout, run: Run) -> Proof:
     """Compare logits of ``checkpoint``, its weights rounded to ``dtype``, with those of the folder ``theirs``. Ours are
     computed in ``layout``, by ``run``. ValueError if they differ."""
-    source, vocabulary = inference_source(checkpoint, {}, "fp32", fp8=False)
-    tokens = _tokens(source.recipe, vocabulary.size)
+    tokens = _tokens(checkpoint)
     ours = run(_ours, layout.world_size, checkpoint, dtype, layout.parallel(), tokens, timeout=TIMEOUT)[0]
     ((other, problem),) = run(_theirs, 1, theirs, tokens, timeout=TIMEOUT)
     if problem:
@@ -74,7 +70,10 @@ def prove(checkpoint: Path, theirs: Path, dtype: torch.dtype, layout: Layout, ru
     return proof
 
 
-def _tokens(recipe: Recipe, vocab_size: int) -> Tensor:
+def _tokens(checkpoint: Path) -> Tensor:
+    reader = Reader(checkpoint)
+    recipe = parse_recipe(reader.manifest["recipe"], source=f"the recipe of {checkpoint}")
+    vocab_size = reader.tensors["model.embedding.word_embeddings.weight"].shape[0]
     length, sparse = TOKENS, recipe.model.sparse_attention
     if sparse is not None:
         length = max(length, BLOCKS * max(sparse.block_size, sparse.query_block_size))
@@ -83,7 +82,12 @@ def _tokens(recipe: Recipe, vocab_size: int) -> Tensor:
 
 
 def _ours(checkpoint: Path, dtype: torch.dtype, parallel: dict[str, Any], tokens: Tensor) -> Tensor:
-    """On each rank of the layout."""
+    """On each rank of the layout. What it imports takes more memory than a conversion may."""
+    from megasparse import platform, topology
+    from megasparse.checkpoint.weights import inference_source, load_model
+    from megasparse.generate import all_logits
+    from megasparse.sparsity.weight import sparse_weights
+
     platform.activate()
     source, vocabulary = inference_source(checkpoint, parallel, "fp32", fp8=False)
     place = topology.initialize(check_layout(source.recipe, int(os.environ["WORLD_SIZE"])))

@@ -72,9 +72,9 @@ def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
 
 def test_a_field_of_several_names(tmp_path: Path) -> None:
     """GPT-2's config calls n_embd hidden_size as well, and Mixtral's num_local_experts num_experts."""
-    written = folder(tmp_path / "a", {"model.safetensors": {}}, model_type="gpt2", n_embd=48, n_layer=3)
+    written = folder(tmp_path / "a", {"model.safetensors": {}}, model_type="gpt2", hidden_size=48, n_layer=3)
     config = Folder(written).config(["n_embd", "num_hidden_layers"])
-    assert (config["n_embd"], config["num_hidden_layers"], config["n_head"]) == (48, 3, 12)
+    assert (config["n_embd"], config["num_hidden_layers"], config["n_head"]) == (48, 3, 4)
     written = folder(tmp_path / "b", {"model.safetensors": {}}, model_type="mixtral", num_local_experts=6)
     assert Folder(written).config(["num_local_experts"])["num_local_experts"] == 6
 
