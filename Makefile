@@ -49,7 +49,7 @@ pretrain: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	@echo "== pytest"
-	@python -m pytest -n 2 $(PYTEST_ARGS)
+	@python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	@echo "== ruff"

@@ -35,7 +35,6 @@ from megasparse.sparsity.weight import sparse_weights
 from megasparse.topology import Topology
 
 MODEL = "model."  # what the names of weights and buffers begin with
-FP8 = ".fp8_scales."  # in the names of FP8's state
 # What a run may add to the model that it begins with, and that starts as in a new model: the state of weight sparsity
 # (masks, scales, input norms, boosts) and of FP8, and what only chooses blocks of attention (gates, centroids).
 FRESH = re.compile(r"\.sparsity\.|\.fp8_scales\.|\.core_attention\.(gate|centroids)\.")

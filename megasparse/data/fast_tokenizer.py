@@ -23,6 +23,7 @@ import json
 import math
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,10 @@ def save_fast_tokenizer(
 
 def compare(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, fast: Any) -> None:
     """ValueError, naming the first text or ids, if ``fast`` encodes one of HARD_TEXTS, the text of a piece, or
-    pieces in a random order, otherwise than ``tokenizer``; or so decodes what these are encoded to, or a piece."""
+    random chains of pieces, otherwise than ``tokenizer``; or so decodes what these are encoded to, or a piece."""
     pieces = {i: tokenizer.decode([i]) for i in range(tokenizer.vocab_size)}
     sequences = [[i] for i, text in pieces.items() if text]  # a control piece has none
-    rng, alone = random.Random(0), list(pieces.values())
-    texts = [*HARD_TEXTS, *alone, *("".join(rng.choices(alone, k=10)) for _ in range(3000))]
+    texts = [*HARD_TEXTS, *pieces.values(), *_overlapping(list(pieces.values()))]
     scores = _unigram_scores(tokenizer)
     for text, found in zip(texts, fast(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True):
         expected = tokenizer.encode(text)
@@ -102,6 +102,21 @@ def compare(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, fast: Any)
     for ids, found in zip(sequences, fast.batch_decode(sequences), strict=True):
         if found != (expected := tokenizer.decode(ids)):
             raise ValueError(f"the exported tokenizer decodes {ids} to {found!r}, its source to {expected!r}")
+
+
+def _overlapping(pieces: list[str]) -> list[str]:
+    """Random chains of ten pieces, where half of the pieces share their first character with the one before: merges
+    that compete for it show their order."""
+    rng = random.Random(0)
+    by_first: dict[str, list[str]] = defaultdict(list)
+    for piece in pieces:
+        by_first[piece[:1]].append(piece)
+    chains = [rng.choice(pieces) for _ in range(4000)]
+    for _ in range(9):
+        for i, chain in enumerate(chains):
+            shared = by_first.get(chain[-1:], []) if rng.random() < 0.5 else []
+            chains[i] += rng.choice(shared)[1:] if shared else rng.choice(pieces)
+    return chains
 
 
 def _unigram_scores(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer) -> list[float] | None:

@@ -104,25 +104,24 @@ def copy(source: Path, ours: Path, target: Path) -> float:
 
 
 def from_hf(source: Path, ours: Path, target: Path) -> float:
-    import transformers
-
-    assert transformers.AutoConfig  # imported when it is needed
+    from transformers import AutoConfig
 
     from megasparse.checkpoint.hf.from_hf import from_hf as run
     from megasparse.layout import Layout
 
+    AutoConfig.for_model("llama")  # imports
     started = time.perf_counter()
     run(source, target, Layout(), frozenset(), None, Console(quiet=True))
     return time.perf_counter() - started
 
 
 def to_hf(source: Path, ours: Path, target: Path) -> float:
-    import transformers
+    from transformers import AutoConfig, GenerationConfig
 
-    assert transformers.AutoConfig and transformers.GenerationConfig  # imported when they are needed
     from megasparse.checkpoint.hf.to_hf import Options
     from megasparse.checkpoint.hf.to_hf import to_hf as run
 
+    AutoConfig.for_model("llama"), GenerationConfig()  # imports
     started = time.perf_counter()
     run(ours, target, Options(shard_bytes=SHARD_BYTES), None, Console(quiet=True))
     return time.perf_counter() - started

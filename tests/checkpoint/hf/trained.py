@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megasparse import topology
 from megasparse.checkpoint.save import Saver
 from megasparse.config import Recipe, parse_recipe
 from megasparse.engine import Engine
@@ -31,6 +32,13 @@ def train(recipe: Recipe, folder: Path, layout: str = "single", steps: int = STE
     parsed = Layout.parse(layout)
     raw = {**recipe.model_dump(mode="json"), "parallel": parsed.parallel()}
     run_distributed(_train, parsed.world_size, raw, folder, steps)
+    return folder / f"step_{steps}"
+
+
+def train_here(recipe: Recipe, folder: Path, steps: int = STEPS) -> Path:
+    """The same of one process: this one."""
+    _train(recipe.model_dump(mode="json"), folder, steps)
+    topology.shutdown()
     return folder / f"step_{steps}"
 
 
