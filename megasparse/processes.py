@@ -167,6 +167,8 @@ def _outcome(number: int, job: bytes) -> bytes:
     """(True, what the job returned) or (False, its traceback), pickled."""
     try:
         fn, args, environment = pickle.loads(job)
+        if gc.get_freeze_count() == 0:  # what is imported is no garbage: _leave would look through it for longer than
+            gc.freeze()  # most jobs take. Once only: what a job leaves is garbage
         os.environ.update(environment, RANK=str(number), LOCAL_RANK=str(number))
         torch.manual_seed(1234)
         return pickle.dumps((True, fn(*args)))

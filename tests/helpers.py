@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +23,7 @@ atexit.register(_workers.close)
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """``Workers.run`` on ranks that all tests of this process share."""
-    return _workers.run(_call, world_size, fn, *args, timeout=timeout)
-
-
-def _call(fn: Callable[..., Any], *args: Any) -> Any:
-    """What a rank has imported is no garbage: looking through it after each call would take longer than most calls."""
-    gc.freeze()
-    return fn(*args)
+    return _workers.run(fn, world_size, *args, timeout=timeout)
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

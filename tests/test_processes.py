@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import subprocess
@@ -92,7 +91,6 @@ def test_ranks_are_kept_and_groups_are_not() -> None:
     """The same processes train in one layout after the other; their threads do not grow from round to round."""
     with Workers() as workers:
         first = workers.run(train_in, 4, "tp2pp2")
-        workers.run(gc.freeze, 4)  # as tests.helpers does
         idle = []
         for _ in range(2):
             for layout in ("ep4", "tp2cp2", "dp2"):

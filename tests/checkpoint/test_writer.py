@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
@@ -16,28 +14,11 @@ from megasparse.checkpoint.folder import write_manifest
 from megasparse.checkpoint.reader import Reader
 from megasparse.checkpoint.state import LoadPlanner, Sharded
 from megasparse.checkpoint.writer import METADATA, write_block, write_metadata
+from tests.checkpoint.files import counted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool, torch.uint8, torch.int64]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as no_dist wants it
 Blocks = list[tuple[tuple[int, ...], Tensor]]
-
-
-class CountedFile:
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.bytes = file, 0
-
-    def write(self, data: Any) -> int:
-        self.bytes += self.file.write(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-@contextmanager
-def counted(path: Path) -> Iterator[CountedFile]:
-    with path.open("wb") as file:
-        yield CountedFile(file)
 
 
 def write(folder: Path, files: dict[str, dict[str, Blocks]], wholes: dict[str, Tensor]) -> Reader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -36,7 +37,21 @@ def find_tokenizer(export: Export, given: Path | None) -> AnyTokenizer | None:
     tokenizer = load_tokenizer(given or path)
     if expected is not None and tokenizer.hash != expected:
         raise ValueError(f"--tokenizer {given}: it is not the tokenizer that {path} was trained with")
+    if export.family is not MEGASPARSE and not (path / THEIRS / HUGGINGFACE_FILE).is_file():
+        _check_tokenizer(export.family.model_type, tokenizer)
     return tokenizer
+
+
+def _check_tokenizer(model_type: str, tokenizer: AnyTokenizer) -> None:
+    """ValueError if transformers makes another one of it: beside some configs it takes a class of its own."""
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        AutoConfig.for_model(model_type).save_pretrained(folder)
+        try:
+            save_fast_tokenizer(tokenizer, Path(folder))
+        except ValueError as error:
+            raise ValueError(f"{error}; the family megasparse takes any (--family megasparse)") from None
 
 
 def write_extras(export: Export, folder: Path, tokenizer: AnyTokenizer | None) -> None:

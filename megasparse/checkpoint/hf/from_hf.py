@@ -72,6 +72,8 @@ def open_source(path: Path, ignored: frozenset[str], layout: Layout) -> Source:
     model = family.model(raw if family is MEGASPARSE else folder.config(family.fields), ignored)
     assert model.vocab_size is not None
     positions = model.max_position_embeddings or SEQ_LENGTH
+    tensors = family.tensors(model, model.vocab_size, positions)
+    names = _names(folder, family, tensors, ignored, model.tie_embeddings)
     state, fp8 = _beside(path)
     recipe = parse_recipe(
         {
@@ -87,8 +89,6 @@ def open_source(path: Path, ignored: frozenset[str], layout: Layout) -> Source:
         source=str(path),
     )
     check_layout(recipe, layout.world_size)
-    tensors = family.tensors(model, model.vocab_size, positions)
-    names = _names(folder, family, tensors, ignored, model.tie_embeddings)
     tensors |= {name: (tuple(scales.shape), []) for name, scales in state.items() if FP8_SCALES in name}
     return Source(folder, family, recipe, tensors, names, state)
 

@@ -50,6 +50,12 @@ class Piece:
         (first, *others) = self.parts
         return not others and first.view(torch.empty(self.shape, device="meta")).is_contiguous()
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Are rows of theirs rows of ours? Those of a transposed matrix, also a square one, are columns."""
+        views = [part.view(torch.empty(self.shape, device="meta")) for part in self.parts]
+        return all(view.shape[-1] == self.shape[-1] and view.stride(-1) == 1 for view in views)
+
 
 class Entry(Protocol):
     """How one tensor of ours is made of theirs; what ``prefix`` begins are theirs of the same layer."""

@@ -105,7 +105,7 @@ def _planned(export: Export, pack: bool) -> list[Source]:
         dtype, is_24 = export.dtype_of(name), pack and export.is_24(name)
         for piece in pieces:
             # What lies transposed with them has its fours along the other dimension.
-            packs = is_24 and all(part.shape[-1] == piece.shape[-1] for part in piece.parts)
+            packs = is_24 and piece.keeps_rows
             if packs:
                 planned = [
                     Planned(*stored) for part in piece.parts for stored in packed.stored(part.name, part.shape, dtype)

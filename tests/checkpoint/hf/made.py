@@ -15,19 +15,8 @@ from megasparse.config import Recipe, parse_recipe
 from megasparse.files import sha256_of_file
 from megasparse.ops.two_four import prune_24
 from megasparse.parameters import parameters, router_buffers
+from tests.checkpoint.files import counted
 from tests.checkpoint.hf.trained import STEPS, VOCAB
-
-
-class Sink:
-    def __init__(self, path: Path) -> None:
-        self.file, self.bytes = path.open("wb"), 0
-
-    def write(self, data: Any) -> int:
-        self.bytes += self.file.write(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def state_of(name: str) -> str:
@@ -62,14 +51,13 @@ def write(folder: Path, recipe: Recipe, tensors: dict[str, Tensor], step: int = 
     """The checkpoint, each tensor in two pieces."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "__0_0.distcp"
-    sink = Sink(file)
     blocks = []
-    for name, tensor in tensors.items():
-        half = tensor.shape[0] // 2
-        for start, block in ((0, tensor[:half]), (half, tensor[half:])):
-            if len(block):
-                blocks.append(write_block(sink, name, (start, *[0] * (tensor.dim() - 1)), block.clone()))
-    sink.file.close()
+    with counted(file) as sink:
+        for name, tensor in tensors.items():
+            half = tensor.shape[0] // 2
+            for start, block in ((0, tensor[:half]), (half, tensor[half:])):
+                if len(block):
+                    blocks.append(write_block(sink, name, (start, *[0] * (tensor.dim() - 1)), block.clone()))
     write_metadata(folder, {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}, {file.name: blocks})
     described = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}

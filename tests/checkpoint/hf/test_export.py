@@ -15,6 +15,7 @@ from megasparse.checkpoint.folder import set_latest
 from megasparse.checkpoint.hf.export import open_export
 from megasparse.config import Recipe
 from megasparse.sparsity.weight import forward_weight
+from tests.checkpoint.hf import made
 from tests.checkpoint.hf.conversion import export
 from tests.checkpoint.hf.made import make, rewritten, state_of, tensors_of, write
 from tests.checkpoint.hf.trained import STEPS, VOCAB, recipe_of
@@ -159,8 +160,6 @@ def test_a_tensor_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_tensor_of_which_a_piece_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.checkpoint.hf import made
-
     write_block = made.write_block
 
     def written(sink: Any, name: str, offsets: tuple[int, ...], block: Tensor) -> list[Any]:

@@ -295,6 +295,12 @@ def test_yarn_without_an_original_length(tmp_path: Path) -> None:
     assert written["original_max_position_embeddings"] == 1024
 
 
+def test_yarn_of_a_config_that_is_not_filled_in() -> None:
+    theirs = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": None}
+    ours = read_rope({"rope_parameters": theirs, "max_position_embeddings": 512})
+    assert ours["original_max_position_embeddings"] == 512
+
+
 def test_yarn_of_an_older_config(tmp_path: Path) -> None:
     """Qwen2.5's card: the type as ``type``."""
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

@@ -156,3 +156,13 @@ def test_types_are_converted() -> None:
     for part in piece.parts:
         part.copy(parts[part.name], block)
         assert torch.equal(part.take(block), parts[part.name].float())
+
+
+def test_whose_rows_are_ours() -> None:
+    """A square matrix too is transposed or not."""
+    square = (3 * 4 * HEAD, 3 * 4 * HEAD)
+    entries: list[tuple[Entry, bool]] = [(Same(""), True), (Halves("", "x"), True), (Qkv("{}"), True)]
+    entries += [(Transposed(""), False), (FusedQkv(""), False)]
+    for entry, keeps in entries:
+        assert {piece.keeps_rows for piece in entry.pieces("", square, model_of(4, 4))} == {keeps}, entry
+    assert {piece.keeps_rows for piece in Experts("{}").pieces("", (2, 4, 4), model_of())} == {True}
