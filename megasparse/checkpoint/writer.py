@@ -34,11 +34,16 @@ class Sink(Protocol):
 
     def flush(self) -> None: ...
 
+    def hold(self, owner: Any) -> None:
+        """What is written from now on is memory of ``owner``, or not to be used again."""
+        ...
+
 
 def write_block(sink: Sink, name: str, offsets: Shape, block: Tensor) -> list[Any]:
     """Write a rectangle of the tensor ``name``, in memory of its own; returns what ``write_metadata`` has to know.
     torch.save makes no checksums of it: the manifest has better ones."""
     start = sink.bytes
+    sink.hold(block)
     with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         torch.save(block, sink)  # type: ignore[arg-type]  # it has all that is needed
     return [name, list(offsets), list(block.shape), start, sink.bytes - start]

@@ -19,6 +19,9 @@ class CountedFile:
     def flush(self) -> None:
         self.file.flush()
 
+    def hold(self, owner: Any) -> None:
+        pass
+
 
 @contextmanager
 def counted(path: Path) -> Iterator[CountedFile]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
+import re
 import shutil
 import statistics
 import tempfile
@@ -121,7 +121,8 @@ def to_hf(source: Path, ours: Path, target: Path) -> float:
     from megasparse.checkpoint.hf.to_hf import Options
     from megasparse.checkpoint.hf.to_hf import to_hf as run
 
-    AutoConfig.for_model("llama"), GenerationConfig()  # imports
+    AutoConfig.for_model("llama")  # imports
+    GenerationConfig()
     started = time.perf_counter()
     run(ours, target, Options(shard_bytes=SHARD_BYTES), None, Console(quiet=True))
     return time.perf_counter() - started
@@ -141,7 +142,9 @@ def measure(contender: Callable[[Path, Path, Path], float], *paths: Path) -> tup
 
 def _measured(sender: Any, contender: Callable[[Path, Path, Path], float], paths: tuple[Path, Path, Path]) -> None:
     seconds = contender(*paths)
-    sender.send((seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())  # getrusage's begins as the parent's
+    assert peak
+    sender.send((seconds, 1024 * int(peak[1])))
 
 
 def bench(name: str, rounds: int, folder: Path, console: Console) -> None:

@@ -34,7 +34,7 @@ from megasparse.files import sha256_of_file
 from megasparse.layout import Layout, check_layout
 from megasparse.parameters import FP8_SCALES
 
-FILE_BYTES = 2**30  # of tensors in a file of the checkpoint, if none alone is larger
+FILE_BYTES = 2**28  # of tensors in a file of the checkpoint, if none alone is larger
 BLOCK_BYTES = 2**24  # of a tensor that are read, checked and written at once
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SEQ_LENGTH = 2048  # of the recipe, if the model has as many positions
@@ -213,6 +213,7 @@ def _write_tensor(source: Source, name: str, sink: Sink) -> Iterator[list[Any]]:
             block = whole[start : start + rows].clone()  # a view would be saved with all of the tensor
             offsets = (piece.offsets[0] + start, *piece.offsets[1:])
             yield write_block(sink, f"model.{name}", offsets, block)
+        del whole  # before the next one is read
 
 
 def _read(source: Source, piece: Piece, dtype: torch.dtype) -> Tensor:
