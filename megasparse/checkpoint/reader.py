@@ -66,7 +66,7 @@ class Reader:
         return self.region(name, (0,) * len(shape), shape)
 
     def region(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A rectangle of one tensor, in memory of its own."""
+        """A rectangle of one tensor, contiguous: mapped where it is whole rows of one piece, else in its own memory."""
         region = torch.empty(shape, dtype=self.tensors[name].dtype)
         stored: TensorStorageMetadata = self._stored[name]
         for chunk in stored.chunks:
@@ -81,7 +81,10 @@ class Reader:
                     )
                     for origins in (offsets, start)
                 )
-                region[here] = self._piece(name, chunk)[there]
+                part = self._piece(name, chunk)[there]
+                if part.shape == region.shape and part.is_contiguous():
+                    return part
+                region[here] = part
         return region
 
 

@@ -40,13 +40,22 @@ class Sink(Protocol):
 
 
 def write_block(sink: Sink, name: str, offsets: Shape, block: Tensor) -> list[Any]:
-    """Write a rectangle of the tensor ``name``, in memory of its own; returns what ``write_metadata`` has to know.
+    """Write a rectangle of the tensor ``name``; returns what ``write_metadata`` has to know.
     torch.save makes no checksums of it: the manifest has better ones."""
     start = sink.bytes
+    block = _alone(block)
     sink.hold(block)
     with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         torch.save(block, sink)  # type: ignore[arg-type]  # it has all that is needed
     return [name, list(offsets), list(block.shape), start, sink.bytes - start]
+
+
+def _alone(block: Tensor) -> Tensor:
+    """The same memory as a storage of its own: torch.save writes all of a storage, whatever part of it a view is."""
+    if block.untyped_storage().nbytes() == block.nbytes or block.nbytes == 0:
+        return block.contiguous()
+    content: Any = block.reshape(-1).view(torch.uint8).numpy()
+    return torch.frombuffer(content, dtype=block.dtype).view(block.shape)
 
 
 def write_metadata(

@@ -62,11 +62,10 @@ class Folder:
                         f"{path / file} has no {name}, which {self.stem.index} says it has: download it again"
                     )
 
-    def read(self, name: str) -> Tensor:
-        """One tensor. Its pages are the file's, in memory for as long as the tensor is."""
-        stored = self.tensors[name]
-        with safe_open(self.path / stored.file, framework="pt") as file:
-            return file.get_tensor(name)
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of one tensor, mapped: those that are not looked at take no memory, and none do when it is gone."""
+        with safe_open(self.path / self.tensors[name].file, framework="pt") as file:
+            return file.get_slice(name)[start:stop]
 
     def raw_config(self) -> Fields:
         """config.json as it lies there."""

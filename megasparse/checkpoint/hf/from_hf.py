@@ -35,7 +35,7 @@ from megasparse.layout import Layout, check_layout
 from megasparse.parameters import FP8_SCALES
 
 FILE_BYTES = 2**28  # of tensors in a file of the checkpoint, if none alone is larger
-BLOCK_BYTES = 2**24  # of a tensor that are read, checked and written at once
+BLOCK_BYTES = 2**23  # of a tensor that are read, checked and written at once
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SEQ_LENGTH = 2048  # of the recipe, if the model has as many positions
 THEIRS = "huggingface"  # folder for what goes along unread
@@ -207,28 +207,30 @@ def _write_tensor(source: Source, name: str, sink: Sink) -> Iterator[list[Any]]:
         start = torch.full(shape, 1 / shape[0] if name.endswith(".load") else 0.0)
         yield write_block(sink, f"model.{name}", (0,) * len(shape), source.state.get(name, start))
     for piece in pieces:
-        whole = _read(source, piece, source.dtype(pieces))
-        rows = max(1, BLOCK_BYTES // max(1, whole[0].nbytes))
-        for start in range(0, len(whole), rows):
-            block = whole[start : start + rows].clone()  # a view would be saved with all of the tensor
-            offsets = (piece.offsets[0] + start, *piece.offsets[1:])
+        for offsets, block in _blocks(source, piece, source.dtype(pieces)):
             yield write_block(sink, f"model.{name}", offsets, block)
-        del whole  # before the next one is read
 
 
-def _read(source: Source, piece: Piece, dtype: torch.dtype) -> Tensor:
-    """A rectangle of ours."""
-    if piece.is_theirs:
-        (part,) = piece.parts
-        return _finite(source, part.name).to(dtype).reshape(piece.shape)
-    whole = torch.empty(piece.shape, dtype=dtype)
-    for part in piece.parts:
-        part.copy(_finite(source, part.name), whole)
-    return whole
+def _blocks(source: Source, piece: Piece, dtype: torch.dtype) -> Iterator[tuple[Shape, Tensor]]:
+    """(offsets in the tensor of ours, rectangle) of a piece: rows at a time where it is one tensor of theirs."""
+    if not piece.is_theirs:
+        whole = torch.empty(piece.shape, dtype=dtype)
+        for part in piece.parts:
+            part.copy(_finite(source, part.name), whole)
+        yield piece.offsets, whole
+        return
+    (part,) = piece.parts
+    before = piece.shape[: len(piece.shape) - len(part.shape)]  # of an expert 1
+    rows = max(1, BLOCK_BYTES // max(1, dtype.itemsize * math.prod(part.shape[1:])))
+    for start in range(0, part.shape[0], rows):
+        theirs = _finite(source, part.name, start, start + rows)
+        row = len(before)
+        offsets = (*piece.offsets[:row], piece.offsets[row] + start, *piece.offsets[row + 1 :])
+        yield offsets, theirs.to(dtype).reshape(*before, *theirs.shape)
 
 
-def _finite(source: Source, name: str) -> Tensor:
-    tensor = source.folder.read(source.names[name])
+def _finite(source: Source, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    tensor = source.folder.read(source.names[name], start, stop)
     smallest, largest = torch.aminmax(tensor)  # not a number, if one is
     if not (torch.isfinite(smallest) and torch.isfinite(largest)):
         file = source.folder.path / source.folder.tensors[source.names[name]].file

@@ -19,7 +19,7 @@ from megasparse.files import sync, write_atomic
 
 JOURNAL = "progress.json"
 LARGE = 2**20  # bytes that are not copied
-BACKLOG = 2**25  # bytes that are written and not yet hashed
+BACKLOG = 2**24  # bytes that are written and not yet hashed
 
 
 class Sink:

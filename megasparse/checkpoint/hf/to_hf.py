@@ -28,7 +28,7 @@ from megasparse.files import sha256_of_file, write_atomic
 from megasparse.layout import Layout
 from megasparse.ops.two_four import pack_24
 
-BLOCK_BYTES = 2**24  # of a tensor that are read, checked and written at once
+BLOCK_BYTES = 2**23  # of a tensor that are read, checked and written at once
 HEADER_ALIGNMENT = 8  # of safetensors
 CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.uint8: "U8"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -149,8 +149,8 @@ def test_logits_that_differ_leave_no_checkpoint(source: Path, tmp_path: Path, mo
     """A table that takes keys for values would pass every check of names and shapes."""
     read = converting._finite
 
-    def swapped(source: converting.Source, name: str) -> Tensor:
-        return read(source, name.replace(".k_proj", ".v_proj"))
+    def swapped(source: converting.Source, name: str, *rows: Any) -> Tensor:
+        return read(source, name.replace(".k_proj", ".v_proj"), *rows)
 
     monkeypatch.setattr(converting, "_finite", swapped)
     with pytest.raises(ValueError, match="are not the same model: logits of 128 random tokens"):
