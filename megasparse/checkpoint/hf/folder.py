@@ -65,7 +65,7 @@ class Folder:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows of one tensor, mapped: those that are not looked at take no memory, and none do when it is gone."""
         with safe_open(self.path / self.tensors[name].file, framework="pt") as file:
-            return file.get_slice(name)[start:stop]
+            return file.get_slice(name)[start:stop] if self.tensors[name].shape else file.get_tensor(name)
 
     def raw_config(self) -> Fields:
         """config.json as it lies there."""
