@@ -136,7 +136,6 @@ def memory(field: str) -> int:
     return 1024 * int(kilobytes)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
 def test_a_rectangle_takes_no_memory_for_the_rest(tmp_path: Path) -> None:
     """Neither while it is read (the peak is begun anew before) nor after."""
     piece = torch.zeros(2_000, 25_000)  # 200 MB
