@@ -45,18 +45,6 @@ class Model(Protocol):
         """int64 [batch, seq] -> float32 [batch, seq, vocab]: of the token after each."""
         ...
 
-    def generate(
-        self,
-        prompt: list[int],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        until: Callable[[list[int]], bool] | None = None,
-    ) -> list[int]:
-        """The tokens after ``prompt``, as megasparse.generate."""
-        ...
-
 
 def open_model(
     path: Path,

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.hf import from_hf as converting
+from megasparse.checkpoint.hf import to_hf
 from megasparse.checkpoint.hf.from_hf import open_source
 from megasparse.checkpoint.reader import Reader
 from megasparse.layout import Layout
-from tests.checkpoint.hf.conversion import convert, theirs
+from tests.checkpoint.hf.conversion import convert, export, read, theirs
 
 Tensors = dict[str, Tensor]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]}
@@ -218,3 +219,20 @@ def test_types_are_kept(tmp_path: Path) -> None:
     assert {info.dtype for info in reader.tensors.values()} == {torch.bfloat16}
     assert reader.manifest["recipe"]["training"]["precision"] == "bf16"
     assert open_source(folder, frozenset(), Layout()).recipe.training.precision == "bf16"
+
+
+def test_large_tensors_go_some_rows_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways, experts too: the same as at once."""
+    convert(source, tmp_path / "at once", run=None)
+    monkeypatch.setattr(converting, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(to_hf, "BLOCK_BYTES", 700)
+    convert(source, tmp_path / "ours", run=None)
+    whole, rows = Reader(tmp_path / "at once"), Reader(tmp_path / "ours")
+    for name, info in whole.tensors.items():
+        assert torch.equal(whole.read(name), rows.read(name)), name
+        assert rows.tensors[name].elements == info.elements, name
+    assert rows.tensors["model.decoder.layers.1.mlp.experts.w1"].pieces > 4  # of as many experts
+    export(tmp_path / "ours", tmp_path / "back", run=None)
+    before, after = read(source), read(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
