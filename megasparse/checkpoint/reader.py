@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,20 +44,17 @@ class Reader:
             )
             for name, stored in sorted(self._stored.items())
         }
+        self._kinds: dict[bytes, Tensor] = {}  # what is pickled of a piece -> its type, shape and strides
 
     def verify(self) -> None:
         """Damaged, naming the file, if one does not have the SHA-256 it was written with."""
         checkpoints.verify(self.path, self.manifest)
 
     def pieces(self, name: str) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """(offsets in the whole, rectangle) of one tensor, a piece at a time. Their memory is the file's."""
+        """(offsets in the whole, rectangle) of one tensor, a piece at a time."""
         stored: TensorStorageMetadata = self._stored[name]
         for chunk in stored.chunks:
-            yield tuple(chunk.offsets), self._piece(name, chunk)
-
-    def _piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-        return _mapped(self.path / place.relative_path, place.offset, place.length)
+            yield tuple(chunk.offsets), self._rows(name, chunk, slice(None))
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
@@ -66,8 +62,8 @@ class Reader:
         return self.region(name, (0,) * len(shape), shape)
 
     def region(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A rectangle of one tensor, contiguous: mapped where it is whole rows of one piece, else in its own memory."""
-        region = torch.empty(shape, dtype=self.tensors[name].dtype)
+        """A rectangle of one tensor, contiguous. Of each piece the rows are read that have a part of it."""
+        region: Tensor | None = None
         stored: TensorStorageMetadata = self._stored[name]
         for chunk in stored.chunks:
             start = tuple(chunk.offsets)
@@ -81,26 +77,52 @@ class Reader:
                     )
                     for origins in (offsets, start)
                 )
-                part = self._piece(name, chunk)[there]
-                if part.shape == region.shape and part.is_contiguous():
+                part = self._rows(name, chunk, there[0] if there else slice(None))
+                part = part[(slice(None), *there[1:])] if there else part
+                if part.shape == shape and part.is_contiguous():
                     return part
+                region = torch.empty(shape, dtype=part.dtype) if region is None else region
                 region[here] = part
-        return region
+        return torch.empty(shape, dtype=self.tensors[name].dtype) if region is None else region
+
+    def _rows(self, name: str, chunk: ChunkStorageMetadata, rows: slice) -> Tensor:
+        """Of one piece."""
+        place = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+        path = self.path / place.relative_path
+        start, described = self._describe(path, place.offset, place.length)
+        if described.is_contiguous() and described.dim() > 0:
+            first, last, _ = rows.indices(len(described))
+            row = described[0].numel() if len(described) else 0
+            start += int(described.storage_offset() + first * row) * described.itemsize
+            return read_elements(path, start, (last - first, *described.shape[1:]), described.dtype)
+        storage = read_elements(
+            path, start, (described.untyped_storage().nbytes() // described.itemsize,), described.dtype
+        )
+        whole = storage.as_strided(described.shape, described.stride(), described.storage_offset())
+        return whole[rows] if whole.dim() else whole
+
+    def _describe(self, path: Path, start: int, length: int) -> tuple[int, Tensor]:
+        """Where the elements are of the tensor that torch.save wrote at ``start`` of a file; one like it on meta."""
+        with path.open("rb") as file:
+            view: Any = _create_file_view(file, start, length)
+            archive: Any = torch._C.PyTorchFileReader(view)
+            pickled = archive.get_record("data.pkl")
+            if pickled not in self._kinds:
+                view.seek(0)
+                self._kinds[pickled] = torch.load(view, map_location="meta", weights_only=True)
+            return start + archive.get_record_offset("data/0"), self._kinds[pickled]
 
 
-def _mapped(path: Path, start: int, length: int) -> Tensor:
-    """The tensor that torch.save wrote at ``start`` of a file, mapped: what is not read takes no memory, and all of it
-    is given back with the tensor."""
-    with path.open("rb") as file:
-        view: Any = _create_file_view(file, start, length)
-        described = torch.load(view, map_location="meta", weights_only=True)  # type, shape and strides
-        view.seek(0)
-        archive: Any = torch._C.PyTorchFileReader(view)
-        elements = start + archive.get_record_offset("data/0")
-        if described.numel() == 0:
-            return torch.empty_like(described, device="cpu")
-        before = elements % mmap.ALLOCATIONGRANULARITY
-        size = before + described.untyped_storage().nbytes()
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=elements - before)
-    storage = torch.frombuffer(mapped, dtype=described.dtype, offset=before)
-    return storage.as_strided(described.shape, described.stride(), described.storage_offset())
+def read_elements(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor from the byte ``start`` of a file on. ValueError if the file ends before it does."""
+    tensor = torch.empty(shape, dtype=dtype)
+    elements: Any = tensor.view(-1).view(torch.uint8).numpy()
+    content = memoryview(elements)
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while content:
+            read = file.readinto(content)
+            if not read:
+                raise ValueError(f"{path} ends {len(content):,} bytes too early: copy it again")
+            content = content[read:]
+    return tensor

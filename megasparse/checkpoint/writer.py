@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,29 +25,13 @@ METADATA = ".metadata"
 Shape = tuple[int, ...]
 
 
-class Sink(Protocol):
-    """A binary file: ``bytes`` are how many were written."""
-
-    bytes: int
-
-    def write(self, data: Any) -> int: ...
-
-    def flush(self) -> None: ...
-
-    def hold(self, owner: Any) -> None:
-        """What is written from now on is memory of ``owner``, or not to be used again."""
-        ...
-
-
-def write_block(sink: Sink, name: str, offsets: Shape, block: Tensor) -> list[Any]:
+def write_block(file: BinaryIO, name: str, offsets: Shape, block: Tensor) -> list[Any]:
     """Write a rectangle of the tensor ``name``; returns what ``write_metadata`` has to know.
     torch.save makes no checksums of it: the manifest has better ones."""
-    start = sink.bytes
-    block = _alone(block)
-    sink.hold(block)
+    start = file.tell()
     with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
-        torch.save(block, sink)  # type: ignore[arg-type]  # it has all that is needed
-    return [name, list(offsets), list(block.shape), start, sink.bytes - start]
+        torch.save(_alone(block), file)
+    return [name, list(offsets), list(block.shape), start, file.tell() - start]
 
 
 def _alone(block: Tensor) -> Tensor:

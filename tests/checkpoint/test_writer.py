@@ -14,7 +14,6 @@ from megasparse.checkpoint.folder import write_manifest
 from megasparse.checkpoint.reader import Reader
 from megasparse.checkpoint.state import LoadPlanner, Sharded
 from megasparse.checkpoint.writer import METADATA, write_block, write_metadata
-from tests.checkpoint.files import counted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool, torch.uint8, torch.int64]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as no_dist wants it
@@ -26,9 +25,11 @@ def write(folder: Path, files: dict[str, dict[str, Blocks]], wholes: dict[str, T
     folder.mkdir()
     written: dict[str, list[list[Any]]] = {}
     for file, tensors in files.items():
-        with counted(folder / file) as sink:
+        with (folder / file).open("wb") as stream:
             written[file] = [
-                write_block(sink, name, offsets, block) for name, blocks in tensors.items() for offsets, block in blocks
+                write_block(stream, name, offsets, block)
+                for name, blocks in tensors.items()
+                for offsets, block in blocks
             ]
     write_metadata(folder, {name: (tuple(whole.shape), whole.dtype) for name, whole in wholes.items()}, written)
     write_manifest(folder, {"files": {}})
@@ -113,9 +114,9 @@ def test_empty_tensors_and_single_numbers(tmp_path: Path, shape: tuple[int, ...]
 
 
 def test_a_block_takes_the_room_of_its_elements(tmp_path: Path) -> None:
-    with counted(tmp_path / "x") as sink:
-        first = write_block(sink, "x", (0, 0), torch.zeros(1000, 100))
-        second = write_block(sink, "x", (1000, 0), torch.zeros(7, 100))
+    with (tmp_path / "x").open("wb") as stream:
+        first = write_block(stream, "x", (0, 0), torch.zeros(1000, 100))
+        second = write_block(stream, "x", (1000, 0), torch.zeros(7, 100))
     assert first[:4] == ["x", [0, 0], [1000, 100], 0]
     assert second[:4] == ["x", [1000, 0], [7, 100], first[4]]
     assert (tmp_path / "x").stat().st_size == first[4] + second[4]

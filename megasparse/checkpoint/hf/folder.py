@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megasparse.checkpoint.hf.family import Fields, by_names
+from megasparse.checkpoint.reader import read_elements
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LENGTH_BYTES = 8  # of a file of safetensors, before its header
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Stored:
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int  # byte of the file
 
 
 class Folder:
@@ -63,9 +67,14 @@ class Folder:
                     )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of one tensor, mapped: those that are not looked at take no memory, and none do when it is gone."""
-        with safe_open(self.path / self.tensors[name].file, framework="pt") as file:
-            return file.get_slice(name)[start:stop] if self.tensors[name].shape else file.get_tensor(name)
+        """Rows of one tensor; of one that has none, its element. ValueError, naming its file, if that was cut."""
+        stored = self.tensors[name]
+        if not stored.shape:
+            return read_elements(self.path / stored.file, stored.start, (), stored.dtype)
+        first, last, _ = slice(start, stop).indices(stored.shape[0])
+        row = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        shape = (last - first, *stored.shape[1:])
+        return read_elements(self.path / stored.file, stored.start + first * row, shape, stored.dtype)
 
     def raw_config(self) -> Fields:
         """config.json as it lies there."""
@@ -122,14 +131,21 @@ class Folder:
             raise ValueError(f"{self.path / self.stem.index} is no index of safetensors: download it again") from None
 
     def _header(self, file: str) -> dict[str, Stored]:
+        """Tensors lie one after the other behind the header, which begins with its length."""
+        known = DTYPES if self.stem == Stem() else {**DTYPES, "U8": torch.uint8}
+        found: dict[str, Stored] = {}
         try:
-            with safe_open(self.path / file, framework="pt") as tensors:
-                slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-                shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            with safe_open(self.path / file, framework="pt") as tensors, (self.path / file).open("rb") as raw:
+                start = LENGTH_BYTES + int.from_bytes(raw.read(LENGTH_BYTES), "little")
+                for name in tensors.offset_keys():
+                    stored = tensors.get_slice(name)
+                    shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+                    if dtype not in known:
+                        raise ValueError(
+                            f"{self.path / file}: {name} is {dtype}: only {', '.join(DTYPES)} can be converted"
+                        )
+                    found[name] = Stored(file, shape, known[dtype], start)
+                    start += math.prod(shape) * known[dtype].itemsize
         except SafetensorError as error:
             raise ValueError(f"{self.path / file} is damaged ({error}): download it again") from None
-        known = DTYPES if self.stem == Stem() else {**DTYPES, "U8": torch.uint8}
-        for name, (_, dtype) in shapes.items():
-            if dtype not in known:
-                raise ValueError(f"{self.path / file}: {name} is {dtype}: only {', '.join(DTYPES)} can be converted")
-        return {name: Stored(file, shape, known[dtype]) for name, (shape, dtype) in shapes.items()}
+        return found

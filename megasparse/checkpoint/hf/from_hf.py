@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
@@ -23,7 +23,7 @@ from megasparse.checkpoint.hf.families import family_of
 from megasparse.checkpoint.hf.family import Family
 from megasparse.checkpoint.hf.folder import Folder
 from megasparse.checkpoint.hf.megasparse import MEGASPARSE
-from megasparse.checkpoint.hf.output import File, Output, Sink
+from megasparse.checkpoint.hf.output import File, Output
 from megasparse.checkpoint.hf.prove import Proof, Run, check_memory, prove
 from megasparse.checkpoint.hf.tensors import Piece, Shape
 from megasparse.checkpoint.writer import METADATA, write_block, write_metadata
@@ -191,8 +191,8 @@ def _files(source: Source) -> list[File]:
         groups[-1].append(name)
         sizes[-1] += size
 
-    def write_group(names: list[str], sink: Sink) -> list[list[Any]]:
-        return [block for name in names for block in _write_tensor(source, name, sink)]
+    def write_group(names: list[str], file: BinaryIO) -> list[list[Any]]:
+        return [block for name in names for block in _write_tensor(source, name, file)]
 
     return [
         File(f"__0_{number}.distcp", size, functools.partial(write_group, names))
@@ -200,15 +200,15 @@ def _files(source: Source) -> list[File]:
     ]
 
 
-def _write_tensor(source: Source, name: str, sink: Sink) -> Iterator[list[Any]]:
+def _write_tensor(source: Source, name: str, file: BinaryIO) -> Iterator[list[Any]]:
     """Blocks of rows, each read, checked and written before the next."""
     shape, pieces = source.tensors[name]
     if not pieces:  # where no router has chosen yet: even loads, no biases
         start = torch.full(shape, 1 / shape[0] if name.endswith(".load") else 0.0)
-        yield write_block(sink, f"model.{name}", (0,) * len(shape), source.state.get(name, start))
+        yield write_block(file, f"model.{name}", (0,) * len(shape), source.state.get(name, start))
     for piece in pieces:
         for offsets, block in _blocks(source, piece, source.dtype(pieces)):
-            yield write_block(sink, f"model.{name}", offsets, block)
+            yield write_block(file, f"model.{name}", offsets, block)
 
 
 def _blocks(source: Source, piece: Piece, dtype: torch.dtype) -> Iterator[tuple[Shape, Tensor]]:

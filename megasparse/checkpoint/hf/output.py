@@ -3,66 +3,77 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from megasparse.files import sync, write_atomic
 
 JOURNAL = "progress.json"
-LARGE = 2**20  # bytes that are not copied
-BACKLOG = 2**24  # bytes that are written and not yet hashed
+CHUNK = 2**20  # bytes; the page cache takes larger writes more slowly
+PAUSE = 1e-3  # seconds until there may be more to hash
 
 
-class Sink:
-    """A binary file that hashes what is written to it, in another thread, while more is written."""
+class ChunkedFile(io.FileIO):
+    """A new file: what is written to it is there to be read, whole, when ``write`` returns."""
 
-    def __init__(self, file: BinaryIO, thread: ThreadPoolExecutor) -> None:
-        self._file, self._thread, self._digest = file, thread, hashlib.sha256()
-        self._pending = deque[tuple[Any, Future[None]]]()  # what has the memory, and its hashing
-        self._owner: Any = None
-        self.bytes = 0
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
 
-    def hold(self, owner: Any) -> None:
-        """What is written from now on is memory of ``owner`` if it is large, and not to be used again if not."""
-        self._owner = owner
-
-    def write(self, data: bytes | memoryview) -> int:
-        if len(data) < LARGE or (self._owner is None and isinstance(data, memoryview) and data.obj is None):
-            data = bytes(data)  # the caller may use its memory again
-        self._pending.append(((self._owner, data), self._thread.submit(self._digest.update, data)))
-        self._file.write(data)
-        self.bytes += len(data)
-        self._wait(BACKLOG)
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[super().write(rest[:CHUNK]) :]
         return len(data)
 
-    def flush(self) -> None:
-        self._file.flush()
 
-    def sha256(self) -> str:
-        self._wait(0)
-        return self._digest.hexdigest()
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
-    def _wait(self, backlog: int) -> None:
-        while sum(len(data) for (_, data), _ in self._pending) > backlog:
-            self._pending.popleft()[1].result()
+
+def hash_along(path: Path, ended: Event) -> str:
+    """The SHA-256 of a file that is written meanwhile, until ``ended`` is set."""
+    digest, content = hashlib.sha256(), bytearray(CHUNK)
+    with path.open("rb", buffering=0) as file:
+        last = False
+        while not last:
+            last = ended.wait(PAUSE)
+            while read := file.readinto(content):
+                digest.update(memoryview(content)[:read])
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class File:
-    """One to write: ``write`` fills the sink, and returns what has to be known of it in the end (JSON)."""
+    """One to write: ``write`` fills it, and returns what has to be known of it in the end (JSON)."""
 
     name: str
     bytes: int  # about
-    write: Callable[[Sink], Any]
+    write: Callable[[BinaryIO], Any]
+
+
+@dataclass(frozen=True)
+class Written:
+    about: Any
+    bytes: int
+    sha256: Future[str]
 
 
 class Output:
@@ -99,8 +110,9 @@ class Output:
                 console.print(f"going on after {len(files) - len(missing)} of {len(files)} files", highlight=False)
             with (
                 Progress(console=console, transient=True) as progress,
+                one_thread(),  # of torch: others wait for its next work on the core that hashes
                 ThreadPoolExecutor(1) as hashing,
-                ThreadPoolExecutor(1) as flushing,  # a file's, while the next one is written
+                ThreadPoolExecutor(1) as flushing,
             ):
                 task = progress.add_task(f"writing {self.final.name}", total=needed)
                 flushed: Future[None] | None = None
@@ -118,16 +130,19 @@ class Output:
             ) from None
         return {file.name: self.done[file.name] for file in files}
 
-    def _write(self, file: File, hashing: ThreadPoolExecutor) -> dict[str, Any]:
-        with self._aside(file.name).open("wb") as stream:
-            sink = Sink(stream, hashing)
-            about = file.write(sink)
-            return {"bytes": sink.bytes, "sha256": sink.sha256(), "about": about}
+    def _write(self, file: File, hashing: ThreadPoolExecutor) -> Written:
+        aside, ended = self._aside(file.name), Event()
+        with ChunkedFile(aside) as stream:
+            hashed = hashing.submit(hash_along, aside, ended)
+            try:
+                return Written(about=file.write(stream), bytes=stream.tell(), sha256=hashed)
+            finally:
+                ended.set()
 
-    def _finish(self, name: str, written: dict[str, Any]) -> None:
+    def _finish(self, name: str, written: Written) -> None:
         sync(self._aside(name))
+        self.done[name] = {"bytes": written.bytes, "sha256": written.sha256.result(), "about": written.about}
         self._aside(name).rename(self.partial / name)
-        self.done[name] = written
         write_atomic(self.partial / JOURNAL, json.dumps({"identity": self._identity, "files": self.done}))
 
     def _aside(self, name: str) -> Path:

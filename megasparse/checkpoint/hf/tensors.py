@@ -6,6 +6,8 @@ rectangles the tensor is read and written (``Piece``), and which tensor of their
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +18,7 @@ from torch import Tensor
 from megasparse.config import Model
 
 Shape = tuple[int, ...]
+TOGETHER = 2**21  # elements of experts
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,23 @@ class Halves:
 
 @dataclass(frozen=True)
 class Experts:
-    """A tensor for each expert, stacked in ours; the name has ``{}`` for the expert."""
+    """A tensor for each expert, stacked in ours; the name has ``{}`` for the expert. Small ones are read and written
+    some at a time."""
 
     name: str
 
     def pieces(self, prefix: str, shape: Shape, model: Model) -> list[Piece]:
         experts, *matrix = shape
-        parts = [Part(prefix + self.name.format(expert), tuple(matrix), lambda x: x[0]) for expert in range(experts)]
-        return [Piece((expert, 0, 0), (1, *matrix), (part,)) for expert, part in enumerate(parts)]
+        names = [prefix + self.name.format(expert) for expert in range(experts)]
+        together = max(1, TOGETHER // math.prod(matrix))
+        return [
+            Piece(
+                (first, 0, 0),
+                (len(some), *matrix),
+                tuple(Part(name, tuple(matrix), operator.itemgetter(i)) for i, name in enumerate(some)),
+            )
+            for first, some in ((first, names[first : first + together]) for first in range(0, experts, together))
+        ]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from megasparse.checkpoint.hf import packed
 from megasparse.checkpoint.hf.export import Export, open_export
 from megasparse.checkpoint.hf.extras import find_tokenizer, write_card, write_extras
 from megasparse.checkpoint.hf.folder import DTYPES, Stem
-from megasparse.checkpoint.hf.output import File, Output, Sink
+from megasparse.checkpoint.hf.output import File, Output
 from megasparse.checkpoint.hf.prove import Proof, Run, check_memory, prove
 from megasparse.checkpoint.hf.tensors import Piece
 from megasparse.files import sha256_of_file, write_atomic
@@ -37,7 +37,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 @dataclass(frozen=True)
 class Options:
     precision: str | None = None  # fp32, bf16 or fp16; None: that of training
-    shard_bytes: int = 5 * 10**9  # of a file, if no tensor alone is larger
+    shard_bytes: int = 5 * 10**9  # of a file, if no tensor, or some experts together, are larger
     family: str | None = None  # a model_type; None: the first family that can say the model
     tokenizer: Path | None = None  # of a checkpoint that has none
     packed: bool = False  # 2:4 weights as values and places
@@ -134,7 +134,7 @@ def _files(export: Export, sources: list[Source], shard_bytes: int, stem: Stem) 
     ]
 
 
-def _write_file(export: Export, sources: list[Source], sink: Sink) -> dict[str, int]:
+def _write_file(export: Export, sources: list[Source], file: BinaryIO) -> dict[str, int]:
     """A safetensors file: length of the header, header, tensors one after the other. Returns the tensors' bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     planned, end = [planned for source in sources for planned in source.planned], 0
@@ -144,11 +144,11 @@ def _write_file(export: Export, sources: list[Source], sink: Sink) -> dict[str, 
         end += tensor.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    sink.write(len(text).to_bytes(8, "little") + text)
+    file.write(len(text).to_bytes(8, "little") + text)
     for source in sources:
         for tensor in _tensors(export, source):
             content: Any = tensor.view(-1).view(torch.uint8).numpy()
-            sink.write(memoryview(content))
+            file.write(memoryview(content))
     return {tensor.name: tensor.bytes for tensor in planned}
 
 

@@ -46,10 +46,24 @@ def test_one_file(tmp_path: Path) -> None:
     }
     read = Folder(folder(tmp_path, {"model.safetensors": tensors, "other.safetensors": {"e": torch.ones(1)}}))
     assert read.files == ["model.safetensors"]
+    content = (tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
     assert read.tensors == {
-        name: Stored("model.safetensors", tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
+        name: Stored("model.safetensors", tuple(tensor.shape), tensor.dtype, start + header[name]["data_offsets"][0])
+        for name, tensor in tensors.items()
     }
     assert all(torch.equal(read.read(name), tensor) for name, tensor in tensors.items())
+    assert torch.equal(read.read("a", 1, 2), tensors["a"][1:2])
+    assert torch.equal(read.read("b", 3, 9), tensors["b"][3:])
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    read = Folder(folder(tmp_path, {"model.safetensors": {"a": torch.ones(4)}}))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"model\.safetensors ends 5 bytes too early: copy it again"):
+        read.read("a")
 
 
 def test_an_index_names_the_files(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.hf import from_hf as converting
+from megasparse.checkpoint.hf import tensors as entries
 from megasparse.checkpoint.hf import to_hf
 from megasparse.checkpoint.hf.from_hf import open_source
 from megasparse.checkpoint.reader import Reader
@@ -224,6 +225,7 @@ def test_types_are_kept(tmp_path: Path) -> None:
 def test_large_tensors_go_some_rows_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways, experts too: the same as at once."""
     convert(source, tmp_path / "at once", run=None)
+    monkeypatch.setattr(entries, "TOGETHER", 1)
     monkeypatch.setattr(converting, "BLOCK_BYTES", 700)
     monkeypatch.setattr(to_hf, "BLOCK_BYTES", 700)
     convert(source, tmp_path / "ours", run=None)

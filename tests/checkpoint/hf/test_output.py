@@ -7,25 +7,30 @@ import hashlib
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, BinaryIO
 
 import pytest
+import torch
 
 from megasparse.checkpoint.hf import output as module
-from megasparse.checkpoint.hf.output import JOURNAL, File, Output, Sink
+from megasparse.checkpoint.hf.output import CHUNK, JOURNAL, ChunkedFile, File, Output, hash_along
 from tests.checkpoint.hf.conversion import quiet
+from tests.helpers import REPOSITORY
 
 IDENTITY = {"source": "a", "list": (1, 2)}
 Usage = namedtuple("Usage", "total used free")
 
 
 def file(name: str, content: bytes = b"content", about: Any = None, fails: BaseException | None = None) -> File:
-    def write(sink: Sink) -> Any:
-        sink.write(content)
+    def write(stream: BinaryIO) -> Any:
+        stream.write(content)
         if fails is not None:
             raise fails
         return about
@@ -33,22 +38,55 @@ def file(name: str, content: bytes = b"content", about: Any = None, fails: BaseE
     return File(name, len(content), write)
 
 
-def test_hash_and_size(tmp_path: Path) -> None:
-    """Of bytes and of views of memory that is used again."""
-    rng, whole, memory = random.Random(0), b"", bytearray(10_000)
-    with ThreadPoolExecutor(1) as thread, (tmp_path / "x").open("wb") as stream:
-        sink = Sink(stream, thread)
-        for _ in range(200):
-            size = rng.randrange(len(memory))
+def test_what_is_written_is_there_and_hashed_meanwhile(tmp_path: Path) -> None:
+    """Of bytes and of views of memory that is used again; more at once than goes to the disk at once."""
+    rng, whole, memory, ended = random.Random(0), bytearray(), bytearray(3 * CHUNK), Event()
+    with ThreadPoolExecutor(1) as thread, ChunkedFile(tmp_path / "x") as stream:
+        hashed = thread.submit(hash_along, tmp_path / "x", ended)
+        for longest in (1, 10, 10_000, len(memory)) * 10:
+            size = rng.randrange(longest)
             memory[:size] = rng.randbytes(size)
-            assert sink.write(memoryview(memory)[:size]) == size
-            whole += bytes(memory[:size])
-            assert sink.write(b"xy") == 2
+            assert stream.write(memoryview(memory)[:size]) == size
+            whole += memory[:size]
+            assert stream.write(b"xy") == 2
             whole += b"xy"
-        sink.flush()
-        assert (tmp_path / "x").read_bytes() == whole
-        assert sink.bytes == len(whole)
-        assert sink.sha256() == hashlib.sha256(whole).hexdigest()
+            assert stream.tell() == len(whole)
+            assert (tmp_path / "x").read_bytes() == whole
+        assert not hashed.done()
+        ended.set()
+        assert hashed.result() == hashlib.sha256(whole).hexdigest()
+
+
+def test_a_disk_that_takes_a_part(tmp_path: Path) -> None:
+    """A system call may write less than it was given: the rest follows, or the disk is full."""
+    script = f"""
+import resource, signal
+from pathlib import Path
+from megasparse.checkpoint.hf.output import CHUNK, ChunkedFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (CHUNK + 5, CHUNK + 5))
+try:
+    ChunkedFile(Path({str(tmp_path / "x")!r})).write(b"x" * 2 * CHUNK)
+except OSError as error:
+    print(error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    assert done.stdout.strip() == "File too large", done.stderr
+    assert (tmp_path / "x").stat().st_size == CHUNK + 5
+
+
+def test_torch_has_its_threads_again(tmp_path: Path) -> None:
+    before, within = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        Output(tmp_path / "folder", IDENTITY).write(
+            [File("a", 0, lambda _: within.append(torch.get_num_threads()))], quiet()
+        )
+        with pytest.raises(ValueError, match="not finite"):
+            Output(tmp_path / "folder", {}).write([file("a", fails=ValueError("not finite"))], quiet())
+        assert (within, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_nothing_is_there_before_it_is_published(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megasparse.checkpoint.hf import tensors as module
 from megasparse.checkpoint.hf.tensors import Entry, Experts, FusedQkv, Halves, Piece, Qkv, Same, Transposed
 from megasparse.config import Model
 
@@ -126,9 +127,21 @@ def test_experts() -> None:
     assert list(theirs) == [f"layer.experts.{expert}.w1" for expert in range(3)]
     for expert, matrix in enumerate(theirs.values()):
         assert torch.equal(matrix, ours[expert])
+    assert is_theirs(Experts("{}"), (3, 4, 5), model_of()) == {False}
+
+
+@pytest.mark.parametrize(("elements", "together"), [(1, 1), (39, 1), (40, 2), (60, 3), (1000, 3)])
+def test_small_experts_together(monkeypatch: pytest.MonkeyPatch, elements: int, together: int) -> None:
+    monkeypatch.setattr(module, "TOGETHER", elements)
     pieces = Experts("{}").pieces("", (3, 4, 5), model_of())
-    assert [(piece.offsets, piece.shape) for piece in pieces] == [((e, 0, 0), (1, 4, 5)) for e in range(3)]
-    assert is_theirs(Experts("{}"), (3, 4, 5), model_of()) == {True}
+    places = [((first, 0, 0), (min(together, 3 - first), 4, 5)) for first in range(0, 3, together)]
+    assert [(piece.offsets, piece.shape) for piece in pieces] == places
+    assert [part.name for piece in pieces for part in piece.parts] == ["0", "1", "2"]
+    ours = unique(3, 4, 5)
+    theirs = there_and_back(Experts("{}"), ours, model_of())
+    assert all(torch.equal(theirs[f"layer.{expert}"], ours[expert]) for expert in range(3))
+    if together == 1:
+        assert is_theirs(Experts("{}"), (3, 4, 5), model_of()) == {True}
 
 
 def test_transposed() -> None:

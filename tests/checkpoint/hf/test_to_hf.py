@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megasparse.checkpoint.hf import tensors as entries
 from megasparse.checkpoint.hf.export import open_export
 from megasparse.checkpoint.hf.to_hf import parse_size
 from tests.checkpoint.hf.conversion import convert, export, read
@@ -142,7 +143,8 @@ def test_what_no_family_can_say_is_refused_by_field(tmp_path: Path) -> None:
     assert not (tmp_path / "theirs").exists()
 
 
-def test_shards_and_their_index(tmp_path: Path) -> None:
+def test_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entries, "TOGETHER", 1)
     checkpoint = train(recipe_of({}, {}), tmp_path)
     export(checkpoint, tmp_path / "one")
     export(checkpoint, tmp_path / "many", shard_bytes=20_000, run=None)
