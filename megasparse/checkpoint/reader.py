@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megasparse.checkpoint import folder as checkpoints
+from megasparse.checkpoint.memory import empty
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Reader:
 
 def read_elements(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A contiguous tensor from the byte ``start`` of a file on. ValueError if the file ends before it does."""
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = empty(shape, dtype)
     elements: Any = tensor.view(-1).view(torch.uint8).numpy()
     content = memoryview(elements)
     with path.open("rb", buffering=0) as file:

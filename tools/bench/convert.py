@@ -87,20 +87,28 @@ def make(folder: Path, name: str) -> None:
     (folder / stem.index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-# Contenders: each returns its seconds without imports -----------------------------------------------------------------
+# Contenders -----------------------------------------------------------------------------------------------------------
+
+
+def seconds(target: Path, work: Callable[[], Any]) -> float:
+    """Of the work that writes the target, when that of the contender before has just made room: memory that has long
+    been free may have to be given by the machine's host anew."""
+    shutil.rmtree(target, ignore_errors=True)
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def copy(source: Path, ours: Path, target: Path) -> float:
-    import os
+    from megasparse.files import sync
 
-    started = time.perf_counter()
-    target.mkdir()
-    for path in source.iterdir():
-        shutil.copyfile(path, target / path.name)
-        descriptor = os.open(target / path.name, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    return time.perf_counter() - started
+    def work() -> None:
+        target.mkdir()
+        for path in source.iterdir():
+            shutil.copyfile(path, target / path.name)
+            sync(target / path.name)
+
+    return seconds(target, work)
 
 
 def from_hf(source: Path, ours: Path, target: Path) -> float:
@@ -110,9 +118,7 @@ def from_hf(source: Path, ours: Path, target: Path) -> float:
     from megasparse.layout import Layout
 
     AutoConfig.for_model("llama")  # imports
-    started = time.perf_counter()
-    run(source, target, Layout(), frozenset(), None, Console(quiet=True))
-    return time.perf_counter() - started
+    return seconds(target, lambda: run(source, target, Layout(), frozenset(), None, Console(quiet=True)))
 
 
 def to_hf(source: Path, ours: Path, target: Path) -> float:
@@ -123,9 +129,7 @@ def to_hf(source: Path, ours: Path, target: Path) -> float:
 
     AutoConfig.for_model("llama")  # imports
     GenerationConfig()
-    started = time.perf_counter()
-    run(ours, target, Options(shard_bytes=SHARD_BYTES), None, Console(quiet=True))
-    return time.perf_counter() - started
+    return seconds(target, lambda: run(ours, target, Options(shard_bytes=SHARD_BYTES), None, Console(quiet=True)))
 
 
 def measure(contender: Callable[[Path, Path, Path], float], *paths: Path) -> tuple[float, int]:
@@ -158,7 +162,6 @@ def bench(name: str, rounds: int, folder: Path, console: Console) -> None:
     contenders = {"copy": copy, "from-hf": from_hf, "to-hf": to_hf}
     for _ in range(rounds):
         for title, contender in contenders.items():
-            shutil.rmtree(target, ignore_errors=True)
             taken.setdefault(title, []).append(measure(contender, source, ours, target))
     limit = 2 * largest + ALLOWED
     table = Table(
@@ -169,11 +172,11 @@ def bench(name: str, rounds: int, folder: Path, console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     # Each round's own copy is what its conversions are compared with.
     for title, results in taken.items():
-        seconds = statistics.median(s for s, _ in results)
+        median = statistics.median(s for s, _ in results)
         ratio = statistics.median(c / s for (s, _), (c, _) in zip(results, taken["copy"], strict=True))
         peak = max(memory for _, memory in results)
         shown = ("", "") if title == "copy" else (f"{peak / 1e6:.0f}", f"{peak / limit:.0%}")
-        table.add_row(title, f"{seconds:.2f}", f"{size / seconds / 1e6:.0f}", f"{ratio:.0%}", *shown)
+        table.add_row(title, f"{median:.2f}", f"{size / median / 1e6:.0f}", f"{ratio:.0%}", *shown)
     console.print(table)
 
 

@@ -1,0 +1,60 @@
+"""Memory is used again when no tensor has it, and not before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megasparse.checkpoint import memory
+from megasparse.checkpoint.memory import LARGEST, SMALLEST, empty
+
+
+@pytest.fixture(autouse=True)
+def nothing_free() -> Iterator[None]:
+    memory._free.clear()
+    yield
+    memory._free.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (7,), (3, 1000, 250)])
+def test_shape_and_type(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = empty(shape, dtype)
+    assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+
+
+def test_used_again_when_the_last_view_is_gone() -> None:
+    tensor = empty((SMALLEST,), torch.uint8)
+    place, row = tensor.data_ptr(), tensor.view(2, -1)[1]
+    del tensor
+    other = empty((SMALLEST,), torch.uint8)
+    assert other.data_ptr() != place, "a view of it is still there"
+    del row
+    assert empty((SMALLEST // 2,), torch.bfloat16).data_ptr() == place
+
+
+def test_never_shared() -> None:
+    """Whatever is taken and let go, each tensor keeps what it was filled with."""
+    rng, held = random.Random(0), {}
+    for number in range(400):
+        size = rng.choice([100, SMALLEST, SMALLEST + 1, 3 * SMALLEST, LARGEST, LARGEST + 1])
+        held[number % 251] = empty((size,), torch.uint8).fill_(number % 251)
+        for key in rng.sample(sorted(held), len(held) // 2) if len(held) > 5 else []:
+            assert (held[key] == key).all()
+            del held[key]
+    assert sum(free.size for free in memory._free) < 10 * LARGEST
+
+
+def test_new_memory_is_not_touched_again_and_again() -> None:
+    def faults() -> int:
+        return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[7])
+
+    empty((LARGEST,), torch.uint8).fill_(1)
+    before = faults()
+    for _ in range(20):
+        empty((LARGEST,), torch.uint8).fill_(1)
+    assert faults() - before < LARGEST // 4096
