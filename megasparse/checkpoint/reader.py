@@ -55,7 +55,7 @@ class Reader:
         """(offsets in the whole, rectangle) of one tensor, a piece at a time."""
         stored: TensorStorageMetadata = self._stored[name]
         for chunk in stored.chunks:
-            yield tuple(chunk.offsets), self._rows(name, chunk, slice(None))
+            yield tuple(chunk.offsets), self._part(name, chunk, (0,) * len(chunk.sizes), tuple(chunk.sizes))
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
@@ -63,44 +63,34 @@ class Reader:
         return self.region(name, (0,) * len(shape), shape)
 
     def region(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A rectangle of one tensor, contiguous. Of each piece the rows are read that have a part of it."""
+        """A rectangle of one tensor, contiguous."""
         region: Tensor | None = None
         stored: TensorStorageMetadata = self._stored[name]
         for chunk in stored.chunks:
-            start = tuple(chunk.offsets)
-            sizes = zip(offsets, shape, start, chunk.sizes, strict=True)
+            sizes = zip(offsets, shape, chunk.offsets, chunk.sizes, strict=True)
             common = [(max(a, b), min(a + n, b + m)) for a, n, b, m in sizes]
             if all(first < last for first, last in common):
-                here, there = (
-                    tuple(
-                        slice(first - origin, last - origin)
-                        for (first, last), origin in zip(common, origins, strict=True)
-                    )
-                    for origins in (offsets, start)
-                )
-                part = self._rows(name, chunk, there[0] if there else slice(None))
-                part = part[(slice(None), *there[1:])] if there else part
+                start = tuple(first - offset for (first, _), offset in zip(common, chunk.offsets, strict=True))
+                part = self._part(name, chunk, start, tuple(last - first for first, last in common))
                 if part.shape == shape and part.is_contiguous():
                     return part
                 region = torch.empty(shape, dtype=part.dtype) if region is None else region
-                region[here] = part
+                here = zip(common, offsets, strict=True)
+                region[tuple(slice(first - offset, last - offset) for (first, last), offset in here)] = part
         return torch.empty(shape, dtype=self.tensors[name].dtype) if region is None else region
 
-    def _rows(self, name: str, chunk: ChunkStorageMetadata, rows: slice) -> Tensor:
-        """Of one piece."""
+    def _part(self, name: str, chunk: ChunkStorageMetadata, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A rectangle of one piece. The file is read from its first element to its last."""
         place = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
         path = self.path / place.relative_path
         start, described = self._describe(path, place.offset, place.length)
-        if described.is_contiguous() and described.dim() > 0:
-            first, last, _ = rows.indices(len(described))
-            row = described[0].numel() if len(described) else 0
-            start += int(described.storage_offset() + first * row) * described.itemsize
-            return read_elements(path, start, (last - first, *described.shape[1:]), described.dtype)
-        storage = read_elements(
-            path, start, (described.untyped_storage().nbytes() // described.itemsize,), described.dtype
-        )
-        whole = storage.as_strided(described.shape, described.stride(), described.storage_offset())
-        return whole[rows] if whole.dim() else whole
+        if math.prod(shape) == 0:
+            return torch.empty(shape, dtype=described.dtype)
+        strides = described.stride()
+        first = int(described.storage_offset()) + sum(i * n for i, n in zip(offsets, strides, strict=True))
+        span = 1 + sum((size - 1) * n for size, n in zip(shape, strides, strict=True))
+        elements = read_elements(path, start + first * described.itemsize, (span,), described.dtype)
+        return elements.as_strided(shape, strides)
 
     def _describe(self, path: Path, start: int, length: int) -> tuple[int, Tensor]:
         """Where the elements are of the tensor that torch.save wrote at ``start`` of a file; one like it on meta."""

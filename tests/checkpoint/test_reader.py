@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megasparse.checkpoint import reader as module
 from megasparse.checkpoint.folder import write_manifest
-from megasparse.checkpoint.reader import Reader
+from megasparse.checkpoint.reader import Reader, read_elements
 from megasparse.checkpoint.save import Saver
 from megasparse.checkpoint.writer import write_block, write_metadata
 from megasparse.layout import Layout
@@ -76,7 +77,8 @@ def test_without_a_process_group_and_bounded(path: Path) -> None:
     script = f"""
 import torch
 from pathlib import Path
-from megasparse.checkpoint.reader import Reader
+from megasparse.checkpoint import reader as module
+from megasparse.checkpoint.reader import Reader, read_elements
 reader = Reader(Path({str(path)!r}))
 reader.verify()
 largest = max(piece.nbytes for name in reader.tensors for _, piece in reader.pieces(name))
@@ -150,6 +152,27 @@ def test_views_of_a_larger_storage(tmp_path: Path, stored: Callable[[torch.Tenso
     assert torch.equal(piece, whole)
     if whole.dim() == 2 and len(whole):
         assert torch.equal(reader.region("x", (1, 0), (2, 3)), whole[1:3, :3])
+
+
+@pytest.mark.parametrize(
+    ("offsets", "sizes"),
+    [((0, 0, 0), (4, 5, 6)), ((1, 0, 0), (2, 5, 6)), ((3, 2, 0), (1, 3, 6)), ((2, 1, 1), (1, 1, 4))],
+)
+def test_no_more_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
+    """Of rows of one expert of a piece that has several, as a conversion takes them, those rows alone."""
+    whole, elements = torch.arange(4 * 5 * 6).view(4, 5, 6), []
+    reader = written(tmp_path, whole, [((0, 0, 0), whole)])
+
+    def counted(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        elements.append(torch.Size(shape).numel())
+        return read_elements(path, start, shape, dtype)
+
+    monkeypatch.setattr(module, "read_elements", counted)
+    here = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+    assert torch.equal(reader.region("x", offsets, sizes), whole[here])
+    assert elements == [torch.Size(sizes).numel()]
 
 
 def memory(field: str) -> int:
