@@ -43,17 +43,19 @@ def test_what_is_written_is_there_and_hashed_meanwhile(tmp_path: Path) -> None:
     rng, whole, memory, ended = random.Random(0), bytearray(), bytearray(3 * CHUNK), Event()
     with ThreadPoolExecutor(1) as thread, ChunkedFile(tmp_path / "x") as stream:
         hashed = thread.submit(hash_along, tmp_path / "x", ended)
-        for longest in (1, 10, 10_000, len(memory)) * 10:
-            size = rng.randrange(longest)
-            memory[:size] = rng.randbytes(size)
-            assert stream.write(memoryview(memory)[:size]) == size
-            whole += memory[:size]
-            assert stream.write(b"xy") == 2
-            whole += b"xy"
-            assert stream.tell() == len(whole)
-            assert (tmp_path / "x").read_bytes() == whole
-        assert not hashed.done()
-        ended.set()
+        try:
+            for longest in (1, 10, 10_000, len(memory)) * 10:
+                size = rng.randrange(longest)
+                memory[:size] = rng.randbytes(size)
+                assert stream.write(memoryview(memory)[:size]) == size
+                whole += memory[:size]
+                assert stream.write(b"xy") == 2
+                whole += b"xy"
+                assert stream.tell() == len(whole)
+                assert (tmp_path / "x").read_bytes() == whole
+            assert not hashed.done()
+        finally:
+            ended.set()
         assert hashed.result() == hashlib.sha256(whole).hexdigest()
 
 
