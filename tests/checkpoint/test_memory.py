@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -49,12 +50,17 @@ def test_never_shared() -> None:
     assert sum(free.size for free in memory._free) < 10 * LARGEST
 
 
-def test_new_memory_is_not_touched_again_and_again() -> None:
-    def faults() -> int:
-        return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[7])
+def test_no_more_is_made_than_is_used_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of a larger one's memory smaller ones are."""
+    made = []
 
-    empty((LARGEST,), torch.uint8).fill_(1)
-    before = faults()
-    for _ in range(20):
-        empty((LARGEST,), torch.uint8).fill_(1)
-    assert faults() - before < LARGEST // 4096
+    def counted(size: int, dtype: Any) -> numpy.ndarray:
+        made.append(size)
+        return numpy.zeros(size, dtype)
+
+    monkeypatch.setattr(numpy, "empty", counted)
+    for size in [LARGEST, SMALLEST, LARGEST // 2] * 5:
+        first, second = empty((size,), torch.uint8), empty((size,), torch.uint8)
+        assert first.data_ptr() != second.data_ptr()
+        del first, second
+    assert made == [LARGEST, LARGEST]
