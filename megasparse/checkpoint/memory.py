@@ -11,21 +11,26 @@ import torch
 from torch import Tensor
 
 SMALLEST, LARGEST = 2**19, 2**24  # bytes; others do not matter, or are too many to keep
-_free: list[numpy.ndarray] = []
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """As torch.empty, on the CPU."""
-    size = math.prod(shape) * dtype.itemsize
-    if not SMALLEST <= size <= LARGEST:
-        return torch.empty(shape, dtype=dtype)
-    fitting = [memory for memory in _free if memory.size >= size]
-    if fitting:
-        memory = min(fitting, key=lambda memory: memory.size)
-        _free[:] = [other for other in _free if other is not memory]
-    else:
-        _free.clear()  # smaller ones
-        memory = numpy.empty(size, dtype=numpy.uint8)
-    view = memory[:size]
-    weakref.finalize(view, _free.append, memory).atexit = False  # the tensor has the view
-    return torch.from_numpy(view).view(dtype).view(shape)
+class Memory:
+    """Keeps what one reader's tensors had, as much as they had at once."""
+
+    def __init__(self) -> None:
+        self._free: list[numpy.ndarray] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """As torch.empty, on the CPU."""
+        size = math.prod(shape) * dtype.itemsize
+        if not SMALLEST <= size <= LARGEST:
+            return torch.empty(shape, dtype=dtype)
+        fitting = [memory for memory in self._free if memory.size >= size]
+        if fitting:
+            memory = min(fitting, key=lambda memory: memory.size)
+            self._free[:] = [other for other in self._free if other is not memory]
+        else:
+            self._free.clear()  # smaller ones
+            memory = numpy.empty(size, dtype=numpy.uint8)
+        view = memory[:size]
+        weakref.finalize(view, self._free.append, memory).atexit = False  # the tensor has the view
+        return torch.from_numpy(view).view(dtype).view(shape)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megasparse.checkpoint import folder as checkpoints
-from megasparse.checkpoint.memory import empty
+from megasparse.checkpoint.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Reader:
             )
             for name, stored in sorted(self._stored.items())
         }
+        self._memory = Memory()
         self._kinds: dict[bytes, Tensor] = {}  # what is pickled of a piece -> its type, shape and strides
 
     def verify(self) -> None:
@@ -89,7 +90,7 @@ class Reader:
         strides = described.stride()
         first = int(described.storage_offset()) + sum(i * n for i, n in zip(offsets, strides, strict=True))
         span = 1 + sum((size - 1) * n for size, n in zip(shape, strides, strict=True))
-        elements = read_elements(path, start + first * described.itemsize, (span,), described.dtype)
+        elements = read_elements(path, start + first * described.itemsize, (span,), described.dtype, self._memory)
         return elements.as_strided(shape, strides)
 
     def _describe(self, path: Path, start: int, length: int) -> tuple[int, Tensor]:
@@ -104,9 +105,9 @@ class Reader:
             return start + archive.get_record_offset("data/0"), self._kinds[pickled]
 
 
-def read_elements(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor from the byte ``start`` of a file on. ValueError if the file ends before it does."""
-    tensor = empty(shape, dtype)
+def read_elements(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype, memory: Memory) -> Tensor:
+    """A contiguous tensor, in ``memory``, from the byte ``start`` on of a file. ValueError if it ends too early."""
+    tensor = memory.empty(shape, dtype)
     elements: Any = tensor.view(-1).view(torch.uint8).numpy()
     content = memoryview(elements)
     with path.open("rb", buffering=0) as file:

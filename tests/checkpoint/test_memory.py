@@ -3,47 +3,39 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy
 import pytest
 import torch
 
-from megasparse.checkpoint import memory
-from megasparse.checkpoint.memory import LARGEST, SMALLEST, empty
-
-
-@pytest.fixture(autouse=True)
-def nothing_free() -> Iterator[None]:
-    memory._free.clear()
-    yield
-    memory._free.clear()
+from megasparse.checkpoint.memory import LARGEST, SMALLEST, Memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (7,), (3, 1000, 250)])
 def test_shape_and_type(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = empty(shape, dtype)
+    tensor = Memory().empty(shape, dtype)
     assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
 
 
 def test_used_again_when_the_last_view_is_gone() -> None:
-    tensor = empty((SMALLEST,), torch.uint8)
+    memory = Memory()
+    tensor = memory.empty((SMALLEST,), torch.uint8)
     place, row = tensor.data_ptr(), tensor.view(2, -1)[1]
     del tensor
-    other = empty((SMALLEST,), torch.uint8)
+    other = memory.empty((SMALLEST,), torch.uint8)
     assert other.data_ptr() != place, "a view of it is still there"
     del row
-    assert empty((SMALLEST // 2,), torch.bfloat16).data_ptr() == place
+    assert memory.empty((SMALLEST // 2,), torch.bfloat16).data_ptr() == place
 
 
 def test_never_shared() -> None:
     """Whatever is taken and let go, each tensor keeps what it was filled with."""
-    rng, held = random.Random(0), {}
+    rng, memory, held = random.Random(0), Memory(), {}
     for number in range(400):
         size = rng.choice([100, SMALLEST, SMALLEST + 1, 3 * SMALLEST, LARGEST, LARGEST + 1])
-        held[number % 251] = empty((size,), torch.uint8).fill_(number % 251)
+        held[number % 251] = memory.empty((size,), torch.uint8).fill_(number % 251)
         for key in rng.sample(sorted(held), len(held) // 2) if len(held) > 5 else []:
             assert (held[key] == key).all()
             del held[key]
@@ -52,7 +44,7 @@ def test_never_shared() -> None:
 
 def test_no_more_is_made_than_is_used_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And of a larger one's memory smaller ones are."""
-    made = []
+    memory, made = Memory(), []
 
     def counted(size: int, dtype: Any) -> numpy.ndarray:
         made.append(size)
@@ -60,7 +52,7 @@ def test_no_more_is_made_than_is_used_at_once(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(numpy, "empty", counted)
     for size in [LARGEST, SMALLEST, LARGEST // 2] * 5:
-        first, second = empty((size,), torch.uint8), empty((size,), torch.uint8)
+        first, second = memory.empty((size,), torch.uint8), memory.empty((size,), torch.uint8)
         assert first.data_ptr() != second.data_ptr()
         del first, second
     assert made == [LARGEST, LARGEST]

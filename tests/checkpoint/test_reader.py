@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,9 +166,9 @@ def test_no_more_is_read(
     whole, elements = torch.arange(4 * 5 * 6).view(4, 5, 6), []
     reader = written(tmp_path, whole, [((0, 0, 0), whole)])
 
-    def counted(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def counted(path: Path, start: int, shape: tuple[int, ...], *others: Any) -> torch.Tensor:
         elements.append(torch.Size(shape).numel())
-        return read_elements(path, start, shape, dtype)
+        return read_elements(path, start, shape, *others)
 
     monkeypatch.setattr(module, "read_elements", counted)
     here = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megasparse.checkpoint.hf.family import Fields, by_names
+from megasparse.checkpoint.memory import Memory
 from megasparse.checkpoint.reader import read_elements
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,7 +54,7 @@ class Folder:
     """The folder at ``path``; ValueError, naming the file, if it is not one or lacks one. Reads headers only."""
 
     def __init__(self, path: Path, stem: Stem = Stem()) -> None:
-        self.path, self.stem = path, stem
+        self.path, self.stem, self.memory = path, stem, Memory()
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} is no Hugging Face model: it has no config.json")
         self.raw_config()
@@ -70,11 +71,11 @@ class Folder:
         """Rows of one tensor; of one that has none, its element. ValueError, naming its file, if that was cut."""
         stored = self.tensors[name]
         if not stored.shape:
-            return read_elements(self.path / stored.file, stored.start, (), stored.dtype)
+            return read_elements(self.path / stored.file, stored.start, (), stored.dtype, self.memory)
         first, last, _ = slice(start, stop).indices(stored.shape[0])
         row = math.prod(stored.shape[1:]) * stored.dtype.itemsize
         shape = (last - first, *stored.shape[1:])
-        return read_elements(self.path / stored.file, stored.start + first * row, shape, stored.dtype)
+        return read_elements(self.path / stored.file, stored.start + first * row, shape, stored.dtype, self.memory)
 
     def raw_config(self) -> Fields:
         """config.json as it lies there."""

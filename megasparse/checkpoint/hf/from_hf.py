@@ -26,7 +26,6 @@ from megasparse.checkpoint.hf.megasparse import MEGASPARSE
 from megasparse.checkpoint.hf.output import File, Output
 from megasparse.checkpoint.hf.prove import Proof, Run, check_memory, prove
 from megasparse.checkpoint.hf.tensors import Piece, Shape
-from megasparse.checkpoint.memory import empty
 from megasparse.checkpoint.writer import METADATA, write_block, write_metadata
 from megasparse.config import Recipe, load_recipe, parse_recipe
 from megasparse.data.tokenizer import FILES as TOKENIZER_FILES
@@ -215,7 +214,7 @@ def _write_tensor(source: Source, name: str, file: BinaryIO) -> Iterator[list[An
 def _blocks(source: Source, piece: Piece, dtype: torch.dtype) -> Iterator[tuple[Shape, Tensor]]:
     """(offsets in the tensor of ours, rectangle) of a piece: rows at a time where it is one tensor of theirs."""
     if not piece.is_theirs:
-        whole = empty(piece.shape, dtype)
+        whole = source.folder.memory.empty(piece.shape, dtype)
         for part in piece.parts:
             part.copy(_finite(source, part.name), whole)
         yield piece.offsets, whole
