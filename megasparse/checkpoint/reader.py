@@ -75,7 +75,7 @@ class Reader:
                 part = self._part(name, chunk, start, tuple(last - first for first, last in common))
                 if part.shape == shape and part.is_contiguous():
                     return part
-                region = torch.empty(shape, dtype=part.dtype) if region is None else region
+                region = self._memory.empty(shape, part.dtype) if region is None else region
                 here = zip(common, offsets, strict=True)
                 region[tuple(slice(first - offset, last - offset) for (first, last), offset in here)] = part
         return torch.empty(shape, dtype=self.tensors[name].dtype) if region is None else region
