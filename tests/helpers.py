@@ -1,10 +1,12 @@
-"""Run a function on several gloo ranks; compare tensors."""
+"""Run a function on several gloo ranks; compare tensors; fill a disk."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from megasparse.processes import RankError, Workers
 
-__all__ = ["REPOSITORY", "RankError", "assert_close", "relative_error", "run_distributed"]
+__all__ = ["REPOSITORY", "RankError", "assert_close", "files_of_at_most", "relative_error", "run_distributed"]
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ["PYTHONPATH"] = str(REPOSITORY)  # the ranks import tests
@@ -58,3 +60,14 @@ def _pairs(a: Any, b: Any, name: str) -> list[tuple[str, Tensor, Tensor]]:
 
 def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A write beyond it fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -16,6 +16,7 @@ from megasparse import topology
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.ranks import together
 from megasparse.checkpoint.state import SavePlanner, Sharded, numbers, random_state, tensors
+from megasparse.checkpoint.writer import disk_errors
 from megasparse.data.tokenizer import FILES as TOKENIZER_FILES
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.engine import Engine
@@ -112,15 +113,9 @@ class Saver:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Says what the disk said: torch's zip format covers it with an error about positions."""
-
     def write_data(self, plan: Any, planner: Any) -> Any:
-        try:
+        with disk_errors():
             return super().write_data(plan, planner)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
 
 
 def _make_room(partial: Path, parts: list[dict[str, int]]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,11 +26,22 @@ METADATA = ".metadata"
 Shape = tuple[int, ...]
 
 
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Around torch.save: OSError as the disk said it, which torch's zip format covers with an error about positions."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def write_block(file: BinaryIO, name: str, offsets: Shape, block: Tensor) -> list[Any]:
     """Write a rectangle of the tensor ``name``; returns what ``write_metadata`` has to know.
     torch.save makes no checksums of it: the manifest has better ones."""
     start = file.tell()
-    with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+    with disk_errors(), serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         torch.save(_alone(block), file)
     return [name, list(offsets), list(block.shape), start, file.tell() - start]
 

@@ -6,11 +6,9 @@ import contextlib
 import itertools
 import os
 import random
-import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from megasparse.sparsity.weight import sparse_weights
 from megasparse.topology import Topology
 from tests import small
 from tests.checkpoint.runs import FINGERPRINT, assert_same, engine_of, recipe_of, run, state_of
-from tests.helpers import run_distributed
+from tests.helpers import files_of_at_most, run_distributed
 
 
 @pytest.fixture
@@ -161,17 +159,6 @@ def test_both_ways_write_the_same(tmp_path: Path) -> None:
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A write beyond it fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def disk_full(layout: str, asynchronous: bool, full_rank: int, size: int, folder: Path) -> str:

@@ -21,6 +21,7 @@ from megasparse.checkpoint.hf.from_hf import open_source
 from megasparse.checkpoint.reader import Reader
 from megasparse.layout import Layout
 from tests.checkpoint.hf.conversion import convert, export, read, theirs
+from tests.helpers import files_of_at_most
 
 Tensors = dict[str, Tensor]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]}
@@ -220,6 +221,19 @@ def test_types_are_kept(tmp_path: Path) -> None:
     assert {info.dtype for info in reader.tensors.values()} == {torch.bfloat16}
     assert reader.manifest["recipe"]["training"]["precision"] == "bf16"
     assert open_source(folder, frozenset(), Layout()).recipe.training.precision == "bf16"
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000, 60_000])
+def test_a_full_disk(source: Path, tmp_path: Path, size: int) -> None:
+    """Wherever it is full the error is the disk's, and both ways go on afterwards."""
+    with files_of_at_most(size), pytest.raises(ValueError, match=r"could not write .*ours\.partial: File too large"):
+        convert(source, tmp_path / "ours", run=None)
+    assert not (tmp_path / "ours").exists()
+    convert(source, tmp_path / "ours", run=None)
+    with files_of_at_most(size), pytest.raises(ValueError, match=r"could not write .*back\.partial: File too large"):
+        export(tmp_path / "ours", tmp_path / "back", run=None)
+    assert not (tmp_path / "back").exists()
+    export(tmp_path / "ours", tmp_path / "back", run=None)
 
 
 def test_large_tensors_go_some_rows_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
