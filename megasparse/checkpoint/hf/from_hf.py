@@ -23,7 +23,7 @@ from megasparse.checkpoint.hf.families import family_of
 from megasparse.checkpoint.hf.family import Family
 from megasparse.checkpoint.hf.folder import Folder
 from megasparse.checkpoint.hf.megasparse import MEGASPARSE
-from megasparse.checkpoint.hf.output import File, Output
+from megasparse.checkpoint.hf.output import File, Output, opened
 from megasparse.checkpoint.hf.prove import Proof, Run, check_memory, prove
 from megasparse.checkpoint.hf.tensors import Piece, Shape
 from megasparse.checkpoint.writer import METADATA, write_block, write_metadata
@@ -272,8 +272,8 @@ def from_hf(
         "ignored": sorted(ignored),
         "recipe": source.recipe.model_dump_json(),
     }
-    output = Output(final, identity)
-    write(source, output, console)
-    proof = prove(output.partial, path, torch.float32, layout, run) if run is not None else None
-    output.publish()
+    with opened(final, identity) as output:
+        write(source, output, console)
+        proof = prove(output.partial, path, torch.float32, layout, run) if run is not None else None
+        output.publish()
     return proof

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from rich.progress import Progress
 
 from megasparse.files import sync, write_atomic
 
-JOURNAL = "progress.json"
+JOURNAL, LOCK = "progress.json", "lock"
 CHUNK = 2**20  # bytes; the page cache takes larger writes more slowly
 PAUSE = 1e-3  # seconds until there may be more to hash
 
@@ -76,15 +77,43 @@ class Written:
     sha256: Future[str]
 
 
-class Output:
-    """The folder ``final``, written as ``final.partial``. ``identity``: what it is made of, and how; what lies there of
-    another one is thrown away. ValueError if ``final`` is there."""
+@contextmanager
+def opened(final: Path, identity: dict[str, Any]) -> Iterator[Output]:
+    """The folder ``final``, written as ``final.partial`` by one process at a time. ``identity``: what it is made of,
+    and how; what lies there of another one is thrown away. ValueError if ``final`` is there, if ``final.partial`` is
+    something else or being written, and if the disk refuses, whenever it does."""
+    partial = final.with_name(f"{final.name}.partial")
+    if final.exists():
+        raise ValueError(f"{final} is there already: choose another folder or delete it")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        if any(partial.iterdir()) and not (partial / LOCK).exists():
+            raise ValueError(f"{partial} is there, and not of a conversion: choose another folder or delete it")
+        with (partial / LOCK).open("w") as lock:
+            _lock(lock, partial)
+            yield Output(final, partial, json.loads(json.dumps(identity)))
+    except OSError as error:
+        file = "" if error.filename is None else f" ({error.filename})"
+        raise ValueError(
+            f"could not write {partial}: {error.strerror or error}{file}; run the same command again to go on"
+        ) from None
 
-    def __init__(self, final: Path, identity: dict[str, Any]) -> None:
-        self.final, self.partial = final, final.with_name(f"{final.name}.partial")
-        if final.exists():
-            raise ValueError(f"{final} is there already: choose another folder or delete it")
-        self._identity = json.loads(json.dumps(identity))
+
+def _lock(file: Any, partial: Path) -> None:
+    """Until it is closed, or its process dies."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another conversion is writing {partial}: wait for it, or choose another folder") from None
+    except OSError:
+        pass  # some file systems have no locks
+
+
+class Output:
+    """``identity`` is as JSON has it."""
+
+    def __init__(self, final: Path, partial: Path, identity: dict[str, Any]) -> None:
+        self.final, self.partial, self._identity = final, partial, identity
         self.done: dict[str, dict[str, Any]] = self._journal()
 
     def _journal(self) -> dict[str, dict[str, Any]]:
@@ -94,40 +123,38 @@ class Output:
             found = json.loads(journal.read_text())
             if found["identity"] == self._identity:
                 return found["files"]
-        shutil.rmtree(self.partial, ignore_errors=True)
+        for path in self.partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
         return {}
 
     def write(self, files: list[File], console: Console) -> dict[str, dict[str, Any]]:
         """Write each file that is not there yet. Returns for each ``bytes``, ``sha256`` and ``about``, what its
-        ``write`` returned. ValueError if the disk has no room or refuses."""
+        ``write`` returned. ValueError if the disk has no room."""
         missing = [file for file in files if file.name not in self.done]
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            needed, free = sum(file.bytes for file in missing), shutil.disk_usage(self.partial).free
-            if needed > free:
-                raise ValueError(f"no room for {self.final}: {needed:,} bytes are needed, {free:,} are free there")
-            if len(missing) < len(files):
-                console.print(f"going on after {len(files) - len(missing)} of {len(files)} files", highlight=False)
-            with (
-                Progress(console=console, transient=True) as progress,
-                one_thread(),  # of torch: others wait for its next work on the core that hashes
-                ThreadPoolExecutor(1) as hashing,
-                ThreadPoolExecutor(1) as flushing,
-            ):
-                task = progress.add_task(f"writing {self.final.name}", total=needed)
-                flushed: Future[None] | None = None
-                for file in missing:
-                    written = self._write(file, hashing)
-                    if flushed is not None:
-                        flushed.result()
-                    flushed = flushing.submit(self._finish, file.name, written)
-                    progress.advance(task, file.bytes)
+        needed, free = sum(file.bytes for file in missing), shutil.disk_usage(self.partial).free
+        if needed > free:
+            raise ValueError(f"no room for {self.final}: {needed:,} bytes are needed, {free:,} are free there")
+        if len(missing) < len(files):
+            console.print(f"going on after {len(files) - len(missing)} of {len(files)} files", highlight=False)
+        with (
+            Progress(console=console, transient=True) as progress,
+            one_thread(),  # of torch: others wait for its next work on the core that hashes
+            ThreadPoolExecutor(1) as hashing,
+            ThreadPoolExecutor(1) as flushing,
+        ):
+            task = progress.add_task(f"writing {self.final.name}", total=needed)
+            flushed: Future[None] | None = None
+            for file in missing:
+                written = self._write(file, hashing)
                 if flushed is not None:
                     flushed.result()
-        except OSError as error:
-            raise ValueError(
-                f"could not write {self.partial}: {error.strerror or error}; run the same command again to go on"
-            ) from None
+                flushed = flushing.submit(self._finish, file.name, written)
+                progress.advance(task, file.bytes)
+            if flushed is not None:
+                flushed.result()
         return {file.name: self.done[file.name] for file in files}
 
     def _write(self, file: File, hashing: ThreadPoolExecutor) -> Written:
@@ -150,7 +177,8 @@ class Output:
 
     def publish(self) -> None:
         """All is written: the folder gets its name."""
-        (self.partial / JOURNAL).unlink()
+        for name in (JOURNAL, LOCK):
+            (self.partial / name).unlink()
         for path in self.partial.rglob("*"):
             sync(path)
         sync(self.partial)

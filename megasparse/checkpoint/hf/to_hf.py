@@ -21,7 +21,7 @@ from megasparse.checkpoint.hf import packed
 from megasparse.checkpoint.hf.export import Export, open_export
 from megasparse.checkpoint.hf.extras import find_tokenizer, write_card, write_extras
 from megasparse.checkpoint.hf.folder import DTYPES, Stem
-from megasparse.checkpoint.hf.output import File, Output
+from megasparse.checkpoint.hf.output import File, opened
 from megasparse.checkpoint.hf.prove import Proof, Run, check_memory, prove
 from megasparse.checkpoint.hf.tensors import Piece
 from megasparse.files import sha256_of_file, write_atomic
@@ -63,15 +63,15 @@ def to_hf(path: Path, final: Path, options: Options, run: Run | None, console: C
         check_memory(sum(math.prod(shape) for shape, _ in export.tensors.values()))
     identity = {"checkpoint": sha256_of_file(path / "manifest.json"), "family": export.family.model_type}
     identity |= {"dtype": str(export.dtype), "shard_bytes": options.shard_bytes, "packed": options.packed}
-    output = Output(final, identity)
     stem = packed.STEM if options.packed else Stem()
-    written = output.write(_files(export, tensors, options.shard_bytes, stem), console)
-    write_extras(export, output.partial, tokenizer)
-    if len(written) > 1:
-        _write_index(output.partial / stem.index, written)
-    proof = prove(path, output.partial, export.dtype, Layout(), run) if run is not None else None
-    write_card(export, output.partial, proof)
-    output.publish()
+    with opened(final, identity) as output:
+        written = output.write(_files(export, tensors, options.shard_bytes, stem), console)
+        write_extras(export, output.partial, tokenizer)
+        if len(written) > 1:
+            _write_index(output.partial / stem.index, written)
+        proof = prove(path, output.partial, export.dtype, Layout(), run) if run is not None else None
+        write_card(export, output.partial, proof)
+        output.publish()
     return proof
 
 

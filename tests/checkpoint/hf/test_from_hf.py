@@ -18,6 +18,7 @@ from megasparse.checkpoint.hf import from_hf as converting
 from megasparse.checkpoint.hf import tensors as entries
 from megasparse.checkpoint.hf import to_hf
 from megasparse.checkpoint.hf.from_hf import open_source
+from megasparse.checkpoint.hf.output import JOURNAL, LOCK
 from megasparse.checkpoint.reader import Reader
 from megasparse.layout import Layout
 from tests.checkpoint.hf.conversion import convert, export, read, theirs
@@ -206,9 +207,8 @@ def test_a_conversion_that_was_killed_goes_on(
 def test_another_source_is_begun_anew(source: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
     final, partial = tmp_path / "ours", tmp_path / "ours.partial"
     partial.mkdir()
-    (partial / "progress.json").write_text(
-        json.dumps({"identity": {"source": "another"}, "files": {"__0_0.distcp": {}}})
-    )
+    (partial / LOCK).touch()
+    (partial / JOURNAL).write_text(json.dumps({"identity": {"source": "another"}, "files": {"__0_0.distcp": {}}}))
     (partial / "__0_0.distcp").write_bytes(b"of another model")
     convert(source, final, run=None)
     Reader(final).verify()
