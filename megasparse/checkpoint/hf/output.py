@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -27,15 +28,18 @@ PAUSE = 1e-3  # seconds until there may be more to hash
 
 
 class ChunkedFile(io.FileIO):
-    """A new file: what is written to it is there to be read, whole, when ``write`` returns."""
+    """A new file: what is written to it is there to be read, whole, when ``write`` returns. ``advance`` is told how
+    many bytes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, advance: Callable[[int], Any]) -> None:
         super().__init__(path, "wb")
+        self._advance = advance
 
     def write(self, data: Any) -> int:
         rest = memoryview(data)
         while rest:
             rest = rest[super().write(rest[:CHUNK]) :]
+        self._advance(len(data))
         return len(data)
 
 
@@ -145,21 +149,20 @@ class Output:
             ThreadPoolExecutor(1) as hashing,
             ThreadPoolExecutor(1) as flushing,
         ):
-            task = progress.add_task(f"writing {self.final.name}", total=needed)
+            advance = functools.partial(progress.advance, progress.add_task(f"writing {self.final.name}", total=needed))
             flushed: Future[None] | None = None
             for file in missing:
-                written = self._write(file, hashing)
+                written = self._write(file, hashing, advance)
                 if flushed is not None:
                     flushed.result()
                 flushed = flushing.submit(self._finish, file.name, written)
-                progress.advance(task, file.bytes)
             if flushed is not None:
                 flushed.result()
         return {file.name: self.done[file.name] for file in files}
 
-    def _write(self, file: File, hashing: ThreadPoolExecutor) -> Written:
+    def _write(self, file: File, hashing: ThreadPoolExecutor, advance: Callable[[int], Any]) -> Written:
         aside, ended = self._aside(file.name), Event()
-        with ChunkedFile(aside) as stream:
+        with ChunkedFile(aside, advance) as stream:
             hashed = hashing.submit(hash_along, aside, ended)
             try:
                 return Written(about=file.write(stream), bytes=stream.tell(), sha256=hashed)
