@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -23,6 +24,7 @@ from rich.progress import Progress
 from megasparse.files import sync, write_atomic
 
 JOURNAL, LOCK = "progress.json", "lock"
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # says a file system that has none
 CHUNK = 2**20  # bytes; the page cache takes larger writes more slowly
 PAUSE = 1e-3  # seconds until there may be more to hash
 
@@ -109,8 +111,9 @@ def _lock(file: Any, partial: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another conversion is writing {partial}: wait for it, or choose another folder") from None
-    except OSError:
-        pass  # some file systems have no locks
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 class Output:

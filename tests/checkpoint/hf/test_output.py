@@ -207,12 +207,16 @@ with opened(Path({str(final)!r}), {{}}):
     written(final, file("a"))
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def refuse(*_: Any) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(code, "the disk says so")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert set(written(tmp_path / "folder", file("a"))) == {"a"}
+    code = errno.EIO
+    with pytest.raises(ValueError, match=r"could not write .*: the disk says so"):
+        written(tmp_path / "folder", file("a"))
 
 
 def test_the_same_identity_in_json(tmp_path: Path) -> None:
