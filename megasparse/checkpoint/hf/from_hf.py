@@ -148,7 +148,12 @@ def _names(
 
 
 def _check_tied(folder: Folder, embedding: str) -> None:
-    if not torch.equal(folder.read("lm_head.weight"), folder.read(embedding)):
+    head, other = (folder.tensors[name] for name in ("lm_head.weight", embedding))
+    rows = max(1, BLOCK_BYTES // (head.dtype.itemsize * math.prod(head.shape[1:])))
+    if (head.shape, head.dtype) != (other.shape, other.dtype) or not all(
+        torch.equal(folder.read("lm_head.weight", start, start + rows), folder.read(embedding, start, start + rows))
+        for start in range(0, head.shape[0], rows)
+    ):
         raise ValueError(
             f"{folder.path} has tie_word_embeddings=true, but its lm_head.weight is not {embedding}: set it to false"
         )

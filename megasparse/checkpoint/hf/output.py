@@ -117,7 +117,7 @@ def _lock(file: Any, partial: Path) -> None:
 
 
 class Output:
-    """``identity`` is as JSON has it."""
+    """A folder of ``opened``; ``done`` are the files that a run of the same ``identity`` (JSON) finished."""
 
     def __init__(self, final: Path, partial: Path, identity: dict[str, Any]) -> None:
         self.final, self.partial, self._identity = final, partial, identity

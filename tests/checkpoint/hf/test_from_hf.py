@@ -121,6 +121,22 @@ def test_a_tied_head_may_be_there_twice(changed: Callable[..., Path], tmp_path: 
     assert "model.output_layer.weight" not in Reader(tmp_path / "ours").tensors
 
 
+@pytest.mark.parametrize("change", [lambda head: head[-1, -1:].add_(1), lambda head: head.resize_(3, 5)])
+def test_a_tied_head_that_is_another(
+    changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Any]
+) -> None:
+    """Compared some rows at a time, to the last one."""
+
+    def add(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        change(tensors["lm_head.weight"])
+
+    monkeypatch.setattr(converting, "BLOCK_BYTES", 700)
+    refused(
+        changed(add, tie_word_embeddings=True), "its lm_head.weight is not model.embed_tokens.weight: set it to false"
+    )
+
+
 def test_damaged_and_foreign_folders(changed: Callable[..., Path], tmp_path: Path) -> None:
     refused(tmp_path, "is no Hugging Face model: it has no config.json")
     folder = changed()
