@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megasparse import __version__
+from megasparse import __version__, supervisor
+from megasparse.launch import Launch, launch
 
 if TYPE_CHECKING:
     from megasparse.checkpoint.hf.prove import Run
@@ -29,7 +30,6 @@ DEPENDENCIES_WARN = [
     "`torch.distributed.*` is deprecated",
     "`torch.jit",
 ]
-RANK_0_SECONDS = 10.0  # how long another rank leaves it to rank 0 to report an error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -38,11 +38,16 @@ def main() -> None:
     """Run the command line. A ValueError of ours is the user's to mend: one line on stderr and exit status 2."""
     try:
         app()
-    except ValueError as error:
-        if not _raised_here(error):
+    except Exception as error:
+        if isinstance(error, ValueError) and _raised_here(error):
+            message = " ".join(str(error).split())
+            if not supervisor.report("refused", message):
+                print(f"error: {message}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        what = f"raised {type(error).__name__}: {error}".partition("\n")[0]
+        if not supervisor.report("raised", what, traceback.format_exc()):
             raise
-        _report(" ".join(str(error).split()))
-        sys.exit(2)
+        sys.exit(1)
 
 
 def _version(asked: bool) -> None:
@@ -64,7 +69,7 @@ def common(
     for message in DEPENDENCIES_WARN:
         warnings.filterwarnings("ignore", message)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("megasparse").setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+    logging.getLogger("megasparse").setLevel(logging.INFO)
 
 
 @app.command()
@@ -129,18 +134,27 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")
     ] = False,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Go on if there is a checkpoint, start if there is none.")
+    ] = False,
     checkpoint: Annotated[
         str | None, typer.Option(help="With --resume: go on from this one, such as step_20.", show_default=False)
     ] = None,
 ) -> None:
-    """Train a recipe. For several processes: deepspeed --num_gpus N --module megasparse train RECIPE."""
+    """Train a recipe. For several processes: deepspeed --num_gpus N --module megasparse train RECIPE.
+
+    SIGTERM and SIGUSR1, to any process: save after the step at hand and end with exit status 75.
+    """
+    _start(alone=True)
     from megasparse.config import load_recipe
 
-    _share_cores()
     resolved = load_recipe(recipe, [*(overrides or []), *_layout_overrides(layout)])
+    folder = run_dir or Path("runs") / resolved.name
     from megasparse.train import train as run
 
-    run(resolved, run_dir or Path("runs") / resolved.name, resume, checkpoint)
+    resume = resume or (auto_resume and (folder / "checkpoints" / "latest").exists())
+    if not run(resolved, folder, resume, checkpoint):
+        raise typer.Exit(supervisor.RESUME)
 
 
 @app.command()
@@ -236,6 +250,7 @@ def evaluate(
 
     For several processes: deepspeed --num_gpus N --module megasparse evaluate MODEL ... --layout LAYOUT.
     """
+    _start()
     opened = _open_model(model, tokenizer, layout, precision, trust_remote_code)
     from megasparse.evaluate import evaluate as run
 
@@ -278,13 +293,14 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a text."""
-    if prompt is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    place = _start()
+    if prompt is None and place.world_size > 1:
         raise ValueError("several processes cannot share stdin: give the text as --prompt")
     opened = _open_model(model, tokenizer, layout, precision, trust_remote_code)
     tokens = opened.encode(sys.stdin.read() if prompt is None else prompt) or [opened.prefix]
     opened.load()
     new = opened.generate(tokens, max_new_tokens, temperature, top_p, seed)
-    if _rank() == 0:
+    if place.rank == 0:
         typer.echo(opened.decode(tokens + new))
 
 
@@ -373,7 +389,6 @@ def _workers(wanted: bool) -> Iterator[Run | None]:
 def _open_model(
     path: Path, tokenizer: Path | None, layout: str | None, precision: str | None, trust_remote_code: bool
 ) -> CheckpointModel | HuggingFaceModel:
-    _share_cores()
     from megasparse import platform
     from megasparse.layout import Layout
 
@@ -392,16 +407,18 @@ def _layout_overrides(layout: str | None) -> list[str]:
     return [f"parallel.{name}={str(value).lower()}" for name, value in Layout.parse(layout).parallel().items()]
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _share_cores() -> None:
-    """Give each process of this host its part of the cores, before torch starts its threads: the deepspeed launcher
-    leaves all of them to each. An OMP_NUM_THREADS of the user's stays."""
-    local_processes = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
-    if local_processes > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_processes)))
+def _start(alone: bool = False) -> Launch:
+    """Of a command that runs on several processes (``alone``: or on one): under a supervisor, and with this process's
+    part of the host's cores, before torch starts its threads: launchers leave all of them to each. An OMP_NUM_THREADS
+    of the user's stays."""
+    place = launch()
+    if alone or place.world_size > 1:
+        supervisor.supervise(place)
+    if place.local_world_size > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // place.local_world_size)))
+    if place.rank > 0:
+        logging.getLogger("megasparse").setLevel(logging.ERROR)
+    return place
 
 
 def _raised_here(error: BaseException) -> bool:
@@ -411,12 +428,3 @@ def _raised_here(error: BaseException) -> bool:
     while trace.tb_next is not None:
         trace = trace.tb_next
     return PACKAGE in Path(trace.tb_frame.f_code.co_filename).parents
-
-
-def _report(message: str) -> None:
-    """Print it once for all ranks: the others leave it to rank 0, whose exit makes the launcher end them. One that is
-    still there after RANK_0_SECONDS has an error of its own."""
-    if _rank() != 0:
-        time.sleep(RANK_0_SECONDS)
-        message = f"{message} (rank {_rank()})"
-    print(f"error: {message}", file=sys.stderr, flush=True)

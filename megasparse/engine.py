@@ -47,7 +47,7 @@ class StepResult:
     loss: float  # cross-entropy per token over the global batch
     aux_losses: dict[str, float]  # unscaled, mean over micro-batches and layers
     grad_norm: float  # global, before clipping
-    skipped: bool  # loss or norm was not finite: weights, moments and router biases are as before
+    skipped: bool  # loss or norm was not finite or over its limit: weights, moments and router biases are as before
     loss_scale: float
     expert_tokens: Tensor  # [MoE layers, experts] int64: tokens routed to each expert
     dropped_fraction: float  # of the routed copies; 0 when dropless
@@ -60,6 +60,14 @@ class StepResult:
     distillation: dict[str, float]
     """With a teacher: ``distillation_loss``, KL(teacher || student) per token, before its weight and temperature^2.
     Else empty."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A step with more of either is skipped."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
 
 
 class Engine:
@@ -98,6 +106,8 @@ class Engine:
         if recipe.training.precision == "fp16":
             self.config.grad_scale_func = lambda loss: loss * self.optimizer.loss_scale
         self.before_step: Callable[[], None] | None = None  # to look at gradients: reduced, not yet clipped
+        self._refresh = Refresh()
+        self._clock = platform.Clock()
         self._moe = moe_layers(chunks)
         self._fp8, self._te_scales = fp8.fp8_scales(chunks), te.delayed_scales(chunks)
         self.sparse_weights = SparseWeights(recipe, topology, chunks, self.adam, self.fragments)
@@ -113,11 +123,18 @@ class Engine:
 
     # Training ------------------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: list[Batch], step: int, learning_rate: float) -> StepResult:
-        """One optimizer step (``step`` counts from 0) on this rank's micro-batches."""
+    def train_step(
+        self, batches: list[Batch], step: int, learning_rate: float, limits: Limits | None = None, again: bool = False
+    ) -> StepResult:
+        """One optimizer step (``step`` counts from 0) on this rank's micro-batches. ``again``: the same one once more,
+        after it was skipped."""
+        limits = limits or Limits()
+        self._clock.start()
         self.chunks.train()
         calibrate = partial(self._forward_backward, batches, 1.0, forward_only=True)
         refresh = self.sparse_weights.begin_step(step, calibrate)
+        refresh = self._refresh if again else refresh  # the second time nothing flips
+        self._refresh = refresh
         self.step_state.begin(step, self.recipe.training.steps, len(batches))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -129,13 +146,14 @@ class Engine:
         statistics = self._reduce_statistics(losses, tokens, refresh)
         loss_scale = self.loss_scale()
         self._norm = self.fragments.gradient_norm()
-        finite = math.isfinite(statistics.loss) and math.isfinite(self._norm)
+        good = statistics.loss <= limits.loss and self._norm / loss_scale <= limits.grad_norm
+        good = good and math.isfinite(statistics.loss) and math.isfinite(self._norm)
         if self.before_step is not None:
             self.before_step()
-        self._clip_and_step(finite)
+        self._clip_and_step(good)
         for layer, moe in self._moe:
-            moe.router.end_step(statistics.expert_tokens[layer] if finite else None)
-        fp8.end_step(self._fp8, self.topology.stage_group, done=finite)
+            moe.router.end_step(statistics.expert_tokens[layer] if good else None)
+        fp8.end_step(self._fp8, self.topology.stage_group, done=good)
         for scales in self._te_scales:
             scales.take(self._te_unit())
         is_moe = torch.tensor(self.recipe.model.moe_layers)
@@ -144,7 +162,7 @@ class Engine:
             loss=statistics.loss,
             aux_losses=statistics.aux_losses,
             grad_norm=self._norm / loss_scale,
-            skipped=not finite,
+            skipped=not good,
             loss_scale=loss_scale,
             expert_tokens=statistics.expert_tokens[is_moe],
             dropped_fraction=statistics.dropped / routed if routed else 0.0,
@@ -152,6 +170,11 @@ class Engine:
             sparsity=statistics.sparsity,
             distillation=statistics.distillation,
         )
+
+    @property
+    def own_seconds(self) -> float:
+        """Of the last step: until gradients were there, before ranks waited for each other's."""
+        return self._clock.seconds()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -223,6 +246,7 @@ class Engine:
 
     def _finalize_gradients(self, models: Any, num_tokens: Any = None, **_: Any) -> None:
         """Called by mcore's schedule after the last backward, before the optimizer."""
+        self._clock.stop()
         if self._partial and self.recipe.parallel.zero_stage < 2:
             gradients = [self._gradient(parameter) for parameter in self._partial]
             for gradient, total in zip(gradients, self._sum_over_tensor_parallel(gradients), strict=True):
@@ -250,11 +274,12 @@ class Engine:
 
     # Norm, clipping, step ------------------------------------------------------------------------------------------
 
-    def _clip_and_step(self, finite: bool) -> None:
-        """Scale the gradients to ``clip_grad`` and step; a step that is not finite only clears them."""
+    def _clip_and_step(self, good: bool) -> None:
+        """Scale the gradients to ``clip_grad`` and step; a step that is not good only clears them."""
+        self._good = good
         if self.fragments.partitioned:
             self.deepspeed.step()  # clips and skips by _scaled_global_norm, and moves the loss scale
-        elif finite:
+        elif good:
             limit = self.recipe.optimizer.clip_grad
             coefficient = limit / (self._norm + 1e-6) if limit > 0 else 1.0
             if coefficient < 1:
@@ -285,7 +310,7 @@ class Engine:
 
     def _scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """What DeepSpeed's ZeRO optimizer clips and checks by (still times the loss scale)."""
-        return torch.tensor(self._norm if math.isfinite(self._norm) else math.inf)
+        return torch.tensor(self._norm if self._good else math.inf)
 
     def follow_loaded(self) -> None:
         """After the optimizer's and the buffers' tensors were written into: what the model computes with follows."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from megasparse.checkpoint.weights import inference_source, load_model
 from megasparse.data.tokenizer import FILES as TOKENIZER_FILES
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
 from megasparse.generate import all_logits, generate
+from megasparse.launch import launch
 from megasparse.layout import Layout, check_layout
 
 MANIFEST = "manifest.json"  # a checkpoint has one
@@ -69,7 +69,7 @@ def open_model(
     if (path / MANIFEST).is_file():
         return CheckpointModel(path, tokenizer, layout or Layout(), precision)
     if (path / "config.json").is_file():
-        if layout is not None or _world_size() > 1:
+        if layout is not None or launch().world_size > 1:
             raise ValueError(
                 f"{path} is a Hugging Face folder, which runs in one process: start megasparse without deepspeed and "
                 "--layout"
@@ -88,7 +88,7 @@ class CheckpointModel:
         self.path = path
         self._source, vocabulary = inference_source(path, layout.parallel(), precision)
         self.recipe, self._vocab_size = self._source.recipe, vocabulary.size
-        self.layout = check_layout(self.recipe, _world_size())
+        self.layout = check_layout(self.recipe, launch().world_size)
         self.tokenizer = _tokenizer(path, tokenizer, vocabulary.tokenizer, self.recipe.data.sets[0].path)
         if self.tokenizer.vocab_size > self._vocab_size:
             raise ValueError(
@@ -241,8 +241,4 @@ class HuggingFaceModel:
 
 def is_main() -> bool:
     """Is this the process that prints and writes?"""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launch().rank == 0

@@ -26,6 +26,7 @@ from rich.progress_bar import ProgressBar
 from megasparse import platform
 from megasparse.config import Recipe, dump_recipe
 from megasparse.files import write_atomic, written_aside
+from megasparse.launch import launch
 from megasparse.layout import Layout
 
 logger = logging.getLogger("megasparse")
@@ -48,14 +49,29 @@ class MetricsLogger:
         self.active = rank == 0
         if not self.active:
             return
+        self.run_dir, self.recipe = run_dir, recipe
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        kept = [record for record in read_metrics(run_dir) if record["step"] < first_step]
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a")
-        self._tensorboard = _tensorboard(run_dir, first_step) if recipe.logging.tensorboard else None
+        self._open(first_step)
         self._wandb = _Wandb(run_dir, recipe)
         self._console = _Console(recipe.training.steps, first_step, recipe.logging.log_interval)
+
+    def _open(self, first_step: int) -> None:
+        path = self.run_dir / "metrics.jsonl"
+        kept = [record for record in read_metrics(self.run_dir) if record["step"] < first_step]
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a")
+        self._tensorboard = _tensorboard(self.run_dir, first_step) if self.recipe.logging.tensorboard else None
+
+    def rewind(self, first_step: int) -> None:
+        """Go back: ``first_step`` is next, and what was recorded from there on is removed."""
+        if self.active:
+            self._close_files()
+            self._open(first_step)
+
+    def _close_files(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def log(self, step: int, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> None:
         """Record step number ``step``. Values are numbers, or (lists of) numbers for metrics.jsonl alone."""
@@ -82,9 +98,7 @@ class MetricsLogger:
         if not self.active:
             return
         self._console.close()
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._close_files()
         self._wandb.close()
 
 
@@ -326,7 +340,7 @@ def write_environment(run_dir: Path, recipe: Recipe, sources: Mapping[str, Any] 
 
 def layout_of(recipe: Recipe) -> Layout:
     """Of this launch."""
-    return Layout.of(recipe.parallel, int(os.environ.get("WORLD_SIZE", "1")))
+    return Layout.of(recipe.parallel, launch().world_size)
 
 
 def _environment() -> dict[str, Any]:
@@ -335,7 +349,8 @@ def _environment() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": launch().world_size,
+        "launcher": launch().launcher,
         "commit": _git_commit(),
         "python": host.python_version(),
         "packages": {name: _package_version(name) for name in [*packages, "numpy", "triton", "transformer-engine"]},

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Any
 
 import torch
+
+from megasparse.launch import launch
 
 logger = logging.getLogger("megasparse")
 
@@ -34,7 +37,7 @@ def backend() -> str:
 def activate() -> None:
     """Prepare this process for megatron-core and DeepSpeed; call it before importing either. Idempotent."""
     if has_cuda():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(launch().local_rank % torch.cuda.device_count())  # srun may show each task only its own
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if torch.cuda.current_device is _cpu_device:
@@ -42,6 +45,33 @@ def activate() -> None:
     _redirect_torch_cuda()
     _redirect_megatron()
     logger.info("no CUDA: megatron-core's torch.cuda calls go to the CPU, collectives to gloo")
+
+
+class Clock:
+    """Seconds of this process's device between ``start`` and ``stop``."""
+
+    def start(self) -> None:
+        self._started, self._stopped = self._now(), None
+
+    def stop(self) -> None:
+        self._stopped = self._now()
+
+    def seconds(self) -> float:
+        """Waits for the device; 0 if it was not stopped."""
+        if self._stopped is None:
+            return 0.0
+        if not has_cuda():
+            return self._stopped - self._started
+        self._stopped.synchronize()
+        return self._started.elapsed_time(self._stopped) / 1000
+
+    @staticmethod
+    def _now() -> Any:
+        if not has_cuda():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def allow_fp16() -> None:

@@ -103,7 +103,7 @@ class _Rank:
     def where(self) -> str:
         """The stack of a rank that hangs."""
         if self.process.is_alive():
-            os.kill(self.process.pid, signal.SIGUSR1)
+            os.kill(self.process.pid, signal.SIGQUIT)
             time.sleep(0.5)
         text = self.stacks.read_text() if self.stacks.exists() else "(not started)"
         return f"rank {self.number} is here:\n{text}"
@@ -149,7 +149,7 @@ def _serve(number: int, stacks: Path, pipe: Connection) -> None:
     threading.Thread(target=_read, args=(pipe, jobs), daemon=True).start()
     torch.set_num_threads(1)
     with stacks.open("w") as file:
-        faulthandler.register(signal.SIGUSR1, file)
+        faulthandler.register(signal.SIGQUIT, file)
         while True:
             pipe.send_bytes(_outcome(number, jobs.get()))
 
@@ -203,6 +203,7 @@ def _fork_server() -> Any:
         DS_ACCELERATOR="cpu",
         PYTHONWARNINGS="ignore",
         DS_LOG_LEVEL="error",
+        MEGASPARSE_SUPERVISOR="none",  # the parent is
     )
     try:
         forkserver.ensure_running()  # it keeps this environment

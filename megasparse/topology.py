@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from megasparse import platform
+from megasparse.launch import launch
 from megasparse.layout import Layout
 
 Group = dist.ProcessGroup
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # at least: a supervisor notices earlier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +80,8 @@ class MegatronMPU:
         return dist.get_rank(self.get_data_parallel_group())
 
 
-def initialize(layout: Layout | None = None, seed: int = 1234) -> Topology:
-    """Join the process group (one process where no launcher set WORLD_SIZE) and create every group of the layout
+def initialize(layout: Layout | None = None, seed: int = 1234, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Topology:
+    """Join the process group (one process where no launcher says otherwise) and create every group of the layout
     (None: one process).
 
     Seeds what dropout draws from. It differs between data- and context-parallel ranks and between stages. The
@@ -100,8 +100,8 @@ def initialize(layout: Layout | None = None, seed: int = 1234) -> Topology:
     # An all-reduce for CPU inference, compiled at the first use (half a minute); training does not call it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        _default_environment()
-        deepspeed.init_distributed(platform.backend(), verbose=False, timeout=COLLECTIVE_TIMEOUT)
+        launch().export()  # a process alone has port 0: one probed beforehand may be taken in the meantime
+        deepspeed.init_distributed(platform.backend(), verbose=False, timeout=max(timeout, COLLECTIVE_TIMEOUT))
     assert layout.world_size == dist.get_world_size(), f"{layout} is not a layout of {dist.get_world_size()} processes"
     parallel_state.initialize_model_parallel(
         layout.tp,
@@ -181,11 +181,3 @@ def leave() -> None:
     shutdown()
     dist.destroy_process_group()
     deepspeed_comm.cdb = None  # it takes the old world for the new one
-
-
-def _default_environment() -> None:
-    """One process, where no launcher said otherwise."""
-    if "WORLD_SIZE" in os.environ:
-        return
-    # Port 0: the rendezvous listens wherever there is room; a port probed beforehand may be taken in the meantime.
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megasparse import hopper, platform, topology
+from megasparse import hopper, platform, supervisor, topology
 from megasparse import layout as layouts
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.load import check_resumable, load
@@ -28,28 +28,32 @@ from megasparse.checkpoint.weights import (
 from megasparse.config import Recipe
 from megasparse.data.loader import TrainingData, ValidationWindows
 from megasparse.engine import Engine, StepResult
+from megasparse.faults import FaultLog, Steps, refuse_differing, roll_back
 from megasparse.flops import flops_per_token, matmul_flops
 from megasparse.generate import generate
+from megasparse.launch import launch
 from megasparse.layers.router import largest_load
 from megasparse.metrics import MetricsLogger, plot_loss, read_metrics, write_environment
 from megasparse.model import build_model
 from megasparse.parameters import parameter_count
+from megasparse.pulse import Pulse
 from megasparse.schedule import learning_rate
+from megasparse.signals import Signals
 from megasparse.sparsity import weight as sparsity
 from megasparse.topology import Topology
 
 SAMPLE_TOKENS = 120
 
 
-def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: str | None = None) -> None:
+def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: str | None = None) -> bool:
     """Train ``recipe`` into ``run_dir``; every rank of the job calls it. ``resume``: from the latest checkpoint in it,
-    or from the one named.
+    or from the one named. False if it was asked to end by a signal, and has saved.
 
     Raises ValueError for what the user can mend (data, layout, a run folder in use), before any work is done.
     """
     training = recipe.training
     platform.activate()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launch().world_size
     layout = layouts.check_layout(recipe, world_size)
     data = TrainingData(recipe.data, training.seed)
     validation = ValidationWindows(recipe.data)
@@ -58,7 +62,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
     initial = None if checkpoint else initial_source(recipe, vocab_size, data.tokenizer.hash)
     taught_by = teacher_source(recipe, vocab_size, data.tokenizer.hash, world_size)
 
-    place = topology.initialize(layout, training.seed)
+    place = topology.initialize(layout, training.seed, timedelta(minutes=recipe.faults.hang_minutes + 1))
     chunks, step_state = build_model(recipe, place, vocab_size)
     teacher = load_teacher(recipe, taught_by, place, vocab_size) if taught_by else None
     engine = Engine(recipe, place, chunks, step_state, teacher)
@@ -79,43 +83,65 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
     if taught_by:
         log.say(about_teacher(recipe, taught_by))
     speed = Speed.measure(recipe, place, vocab_size)
+    supervisor.tell(say="run_dir", path=str(run_dir.resolve()))
+    beats = supervisor.Beats(recipe.faults.hang_minutes)
+    faults = FaultLog(run_dir, log.say)
+    steps = Steps(engine, faults)
+    pulse = Pulse(recipe.faults.straggler_interval, recipe.faults.straggler_factor)
+    if checkpoint:
+        steps.begin_anew(checkpoints.read_manifest(checkpoint).get("faults", {}))
 
-    skipped_in_a_row = 0
-    for step in range(first_step, training.steps):
-        started = time.perf_counter()
-        batches = data.step(
-            step * training.global_batch_size,
-            training.global_batch_size,
-            training.micro_batch_size,
-            place.dp_rank,
-            place.dp,
-        )
-        tokens_seen = (step + 1) * recipe.tokens_per_step
-        rate = learning_rate(tokens_seen, recipe.optimizer, recipe.schedule, recipe.total_tokens)
-        result = engine.train_step(batches, step, rate)
-        metrics = step_metrics(result, rate, tokens_seen)
-        timing = speed.timing(time.perf_counter() - started, result.attention.get("block_density", 1.0))
-
-        done, last = step + 1, step + 1 == training.steps
-        if not last and due(done, training.eval_interval):
-            windows = validation.batches(training.micro_batch_size, place.dp_rank, place.dp, training.eval_tokens)
-            nats, tokens = engine.evaluate(windows)
-            metrics["validation_loss"] = nats / tokens
-        if last:
-            metrics |= final_evaluation(engine, recipe, place, log)
-        log.log(done, metrics, timing)
-        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-        if skipped_in_a_row == training.max_skipped_steps:
-            raise ValueError(
-                f"{skipped_in_a_row} steps in a row had a loss or gradient norm that was not finite, the last was step "
-                f"{done}: lower optimizer.lr={recipe.optimizer.lr} or resume from an earlier checkpoint"
+    step, rollbacks, stop = first_step, 0, None
+    with Signals() as signals:
+        while step < training.steps and stop is None:
+            started = time.perf_counter()
+            batches = data.step(
+                step * training.global_batch_size,
+                training.global_batch_size,
+                training.micro_batch_size,
+                place.dp_rank,
+                place.dp,
             )
-        if last or due(done, training.save_interval):
-            saver.save(done)
+            tokens_seen = (step + 1) * recipe.tokens_per_step
+            rate = learning_rate(tokens_seen, recipe.optimizer, recipe.schedule, recipe.total_tokens)
+            result = steps.step(batches, step, rate)
+            heard = pulse.exchange(signals, engine.own_seconds)
+            metrics = step_metrics(result, rate, tokens_seen)
+            timing = speed.timing(time.perf_counter() - started, result.attention.get("block_density", 1.0))
+
+            step += 1
+            last, stop = step == training.steps, heard.stop
+            if not last and due(step, training.eval_interval):
+                windows = validation.batches(training.micro_batch_size, place.dp_rank, place.dp, training.eval_tokens)
+                nats, tokens = engine.evaluate(beats.during(windows))
+                metrics["validation_loss"] = nats / tokens
+            if last:
+                metrics |= final_evaluation(engine, recipe, place, log, beats)
+            log.log(step, metrics, {**timing, "rank_spread": heard.spread})
+            beats.beat(step)
+            for straggler in pulse.stragglers():
+                faults.note("straggler", str(straggler), step, straggler.rank, straggler.host)
+            if steps.given_up:
+                saver.wait()
+                step = roll_back(steps, log, step, rollbacks)
+                rollbacks += 1
+                continue
+            save = last or stop is not None or due(step, training.save_interval)
+            if due(step, recipe.faults.check_replicas_interval) or (save and recipe.faults.check_replicas_interval):
+                refuse_differing(engine, faults, step)
+            if save:
+                saver.save(step, steps.spikes.state())
+            beats.beat()
     saver.wait()
+    if stop is not None and step < training.steps:
+        faults.note("signal", f"{stop}: saved, to go on from here start it again with --resume", step)
+        log.close()
+        dist.barrier()
+        return False
     report(log, engine, recipe, place, data, run_dir)
     log.close()
     dist.barrier()
+    return True
 
 
 def vocabulary(recipe: Recipe, tokenizer_size: int) -> int:
@@ -203,12 +229,15 @@ def announce(log: MetricsLogger, recipe: Recipe, place: Topology, vocab_size: in
     )
 
 
-def final_evaluation(engine: Engine, recipe: Recipe, place: Topology, log: MetricsLogger) -> dict[str, Any]:
+def final_evaluation(
+    engine: Engine, recipe: Recipe, place: Topology, log: MetricsLogger, beats: supervisor.Beats
+) -> dict[str, Any]:
     """Every held-out token scored once: nats per token, bits per byte, and what gzip -9 and xz need for the same."""
     log.say("evaluating on every held-out token")
     stride = recipe.training.eval_stride or max(1, recipe.data.seq_length // 4)
     windows = ValidationWindows(recipe.data, stride)
-    nats, tokens = engine.evaluate(windows.batches(recipe.training.micro_batch_size, place.dp_rank, place.dp))
+    batches = windows.batches(recipe.training.micro_batch_size, place.dp_rank, place.dp)
+    nats, tokens = engine.evaluate(beats.during(batches))
     size = windows.utf8_bytes()
     return {
         "validation_loss": nats / tokens,

@@ -64,10 +64,13 @@ before = [getattr(torch.cuda, name) for name in names], torch.Tensor.cuda
 from megasparse import platform
 assert before == ([getattr(torch.cuda, name) for name in names], torch.Tensor.cuda), "importing it changes nothing"
 with mock.patch.object(torch.cuda, "is_available", return_value=True):
-    with mock.patch.object(torch.cuda, "set_device") as chosen:
+    with (
+        mock.patch.object(torch.cuda, "set_device") as chosen,
+        mock.patch.object(torch.cuda, "device_count", side_effect=[4, 1]),
+    ):
         platform.activate()
         platform.activate()
-    assert [call.args for call in chosen.call_args_list] == [(3,), (3,)], chosen.call_args_list
+    assert [call.args for call in chosen.call_args_list] == [(3,), (0,)], "srun may show each task its own device only"
     assert platform.backend() == "nccl"
     with mock.patch.object(torch.cuda, "current_device", return_value=3):
         assert platform.device() == torch.device("cuda:3")
@@ -79,9 +82,11 @@ assert schedules.torch is torch
 print("done")
 """
 
+RANK_3 = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "1"}
+
 
 def test_with_cuda_nothing_is_redirected() -> None:
-    assert fresh(WITH_CUDA, LOCAL_RANK="3").endswith("done\n")
+    assert fresh(WITH_CUDA, **RANK_3).endswith("done\n")
 
 
 WITHOUT_CUDA = """

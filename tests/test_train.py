@@ -373,8 +373,16 @@ def test_a_changed_model_is_not_resumed(tmp_path: Path, corpus: Path) -> None:
 
 
 def test_a_run_that_diverges_ends_and_says_so(tmp_path: Path, corpus: Path) -> None:
-    recipe = write_recipe(tmp_path, corpus, steps=200, max_skipped_steps=3)
-    done = run("train", recipe, "optimizer.lr=1e30", "optimizer.clip_grad=0", "--run-dir", tmp_path / "run")
+    recipe = write_recipe(tmp_path, corpus, steps=200)
+    done = run(
+        "train",
+        recipe,
+        "optimizer.lr=1e30",
+        "optimizer.clip_grad=0",
+        "faults.max_skipped_steps=3",
+        "--run-dir",
+        tmp_path / "run",
+    )
     assert done.returncode == 2
     assert "3 steps in a row" in done.stderr
     assert "optimizer.lr=1e+30" in done.stderr

@@ -93,6 +93,12 @@ def latest(folder: Path) -> Path | None:
     return path
 
 
+def newest_before(folder: Path, step: int) -> Path | None:
+    """The newest checkpoint after no more than ``step`` steps; None where there is none."""
+    steps = [saved for saved in _steps(folder) if saved <= step] if folder.exists() else []
+    return folder / f"step_{max(steps)}" if steps else None
+
+
 def set_latest(path: Path) -> None:
     """Let a run that is resumed go on from ``path``."""
     write_atomic(path.parent / "latest", path.name + "\n")

@@ -47,8 +47,9 @@ class Saver:
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
-    def save(self, step: int) -> None:
-        """Save the state after ``step`` optimizer steps. ValueError, on every rank, if it cannot be written."""
+    def save(self, step: int, faults: dict[str, Any] | None = None) -> None:
+        """Save the state after ``step`` optimizer steps, with what the manifest says of ``faults``. ValueError, on
+        every rank, if it cannot be written."""
         self.wait()
         engine, recipe = self.engine, self.engine.recipe
         state = {**tensors(engine, copies=False), **random_state(dist.get_rank())}
@@ -60,6 +61,7 @@ class Saver:
             "data_fingerprint": self.fingerprint,
             "tokenizer": None if self.tokenizer is None else self.tokenizer.hash,
             "data": list(self.sets),
+            "faults": faults or {},
             **numbers(engine),
             "recipe": recipe.model_dump(mode="json"),
         }

@@ -3,7 +3,6 @@ evaluated or writes text."""
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from megasparse.config import Recipe, parse_recipe
 from megasparse.distillation import Teacher, teacher_recipe
 from megasparse.engine import Engine
 from megasparse.files import sha256_of_file
+from megasparse.launch import launch
 from megasparse.layers import te
 from megasparse.layout import check_layout
 from megasparse.model import build_model
@@ -88,7 +88,7 @@ def inference_source(
     whole, or not possible in this world's layout."""
     source, vocabulary = _read(path)
     raw, own = source.recipe.model_dump(mode="json"), source.recipe
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launch().world_size
     raw["parallel"] = parallel
     raw["schedule"] = {"type": "constant"}
     raw["training"].update(global_batch_size=world_size, micro_batch_size=1, recompute="none")

@@ -12,6 +12,7 @@ training.py   training; training.fp8, .teacher
 sparsity.py   sparsity.weights
 optimizer.py  optimizer, schedule
 parallel.py   parallel
+faults.py     faults
 logging.py    logging
 
 Here is what goes for sections together, and how a recipe is read.
@@ -27,6 +28,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from megasparse.config.data import Data, DataSet
+from megasparse.config.faults import Faults
 from megasparse.config.logging import Logging
 from megasparse.config.model import Model, MoE, Rope, SparseAttention
 from megasparse.config.optimizer import Optimizer, Schedule
@@ -38,6 +40,7 @@ from megasparse.config.training import Fp8, Teacher, Training
 __all__ = [
     "Data",
     "DataSet",
+    "Faults",
     "Fp8",
     "Logging",
     "MoE",
@@ -70,6 +73,7 @@ class Recipe(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     parallel: Parallel = Parallel()
+    faults: Faults = Faults()
     logging: Logging = Logging()
 
     @property
@@ -126,6 +130,11 @@ class Recipe(Section):
             raise ValueError(
                 f"training.global_batch_size={training.global_batch_size} is not divisible by "
                 f"training.micro_batch_size={training.micro_batch_size}"
+            )
+        if self.faults.spike_deviations and training.precision == "fp16":
+            raise ValueError(
+                f"faults.spike_deviations={self.faults.spike_deviations} with training.precision=fp16, whose loss "
+                "scale is found by overflows: unset it"
             )
         if training.eval_stride is not None and training.eval_stride > data.seq_length:
             raise ValueError(

@@ -61,7 +61,6 @@ class Training(Section):
     loss_scale_window: PositiveInt = 1000  # fp16: good steps before the scale doubles
     recompute: Literal["none", "full"] = "none"  # full: each layer's activations are recomputed in backward
     seed: int = Field(default=1234, ge=0)
-    max_skipped_steps: PositiveInt = 10  # steps in a row skipped for a non-finite loss or norm before the run ends
     eval_interval: int = Field(default=0, ge=0)  # steps; 0: only at the end
     eval_tokens: PositiveInt = 100_000  # validation tokens at each interval (the end uses all)
     eval_stride: PositiveInt | None = None

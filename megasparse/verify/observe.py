@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from megasparse import topology
 from megasparse.config import Recipe, parse_recipe
 from megasparse.data.loader import Batch, make_batch
 from megasparse.engine import Engine
+from megasparse.launch import launch
 from megasparse.layers.block_sparse import BlockSparseAttention
 from megasparse.layout import check_layout
 from megasparse.model import build_model, moe_layers
@@ -40,7 +40,7 @@ class Seen:
 def observe(raw: dict[str, Any], steps: int) -> Seen:
     """Train the recipe for ``steps`` steps on made-up text, from the weights that its seed gives in every layout."""
     recipe = parse_recipe(raw)
-    place = topology.initialize(check_layout(recipe, int(os.environ["WORLD_SIZE"])), recipe.training.seed)
+    place = topology.initialize(check_layout(recipe, launch().world_size), recipe.training.seed)
     assert recipe.model.vocab_size is not None
     chunks, state = build_model(recipe, place, recipe.model.vocab_size)
     engine = Engine(recipe, place, chunks, state)

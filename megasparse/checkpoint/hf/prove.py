@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from megasparse.checkpoint.hf.folder import Folder
 from megasparse.checkpoint.hf.megasparse import MEGASPARSE
 from megasparse.checkpoint.reader import Reader
 from megasparse.config import parse_recipe
+from megasparse.launch import launch
 from megasparse.layout import Layout, check_layout
 
 Run = Callable[..., list[Any]]  # processes.Workers.run
@@ -92,7 +92,7 @@ def _ours(checkpoint: Path, dtype: torch.dtype, parallel: dict[str, Any], tokens
 
     platform.activate()
     source, vocabulary = inference_source(checkpoint, parallel, "fp32", fp8=False)
-    place = topology.initialize(check_layout(source.recipe, int(os.environ["WORLD_SIZE"])))
+    place = topology.initialize(check_layout(source.recipe, launch().world_size))
     chunks = load_model(source, place, vocabulary.size)
     for parameter in chunks.parameters():
         parameter.data = parameter.data.to(dtype)
