@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from megasparse.launch import Launch
@@ -47,12 +47,14 @@ class _Guard:
         self.watch_seconds, self.beat_at = 0.0, time.monotonic()
         self.hung = False
         self.hub_heard = time.monotonic()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.broken: BaseException | None = None
         self.outbox: asyncio.Queue[bytes] = asyncio.Queue()
 
     async def run(self) -> int:
         hub = Hub(self.place, self.host) if self.place.rank == 0 else None
         if hub is not None:
-            await hub.start()
+            await hub.start(self._spawn)
         self.address = ("127.0.0.1", hub.port) if hub else (self.place.master_addr, self.place.master_port + 1)
         loop = asyncio.get_running_loop()
         for number in PASSED_ON:
@@ -69,16 +71,32 @@ class _Guard:
             )
             theirs.close()
             self.line, self.answer = await asyncio.open_connection(sock=ours, limit=LIMIT)
-            tasks = [asyncio.create_task(part()) for part in (self._listen, self._link, self._watch, self._wait)]
+            for part in (self._listen, self._link, self._watch, self._wait):
+                self._spawn(part())
             await self.over.wait()
             self._kill()
             if hub is not None:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(hub.ended.wait(), LOST_SECONDS)
-            for task in tasks:
-                task.cancel()
+        for task in self.tasks:
+            task.cancel()
+        if self.broken is not None:
+            raise self.broken
         assert self.status is not None
         return self.status
+
+    def _spawn(self, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run it beside; if it raises, which is our mistake, all is over."""
+        task = asyncio.create_task(part)
+        self.tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.broken = error
+            self.over.set()
 
     def _pass_on(self, number: int) -> None:
         if number == signal.SIGTERM:
@@ -160,8 +178,7 @@ class _Guard:
         if writer is None:
             return
         writer.write(encode("hello", rank=self.place.rank, host=self.host))
-        sender = asyncio.create_task(self._send(writer))
-        lost = asyncio.create_task(self._watch_hub())
+        beside = [self._spawn(self._send(writer)), self._spawn(self._watch_hub())]
         while (message := await read(reader)) is not None:
             self.hub_heard = time.monotonic()
             match message["say"]:
@@ -169,11 +186,11 @@ class _Guard:
                     self.answer.write(b"\n")
                 case "stacks":
                     self.hung = True  # what comes after is no news
-                    asyncio.create_task(self._say_where())  # noqa: RUF006  # the job ends either way
+                    self._spawn(self._say_where())
                 case "end":
                     self._end(message["status"])
                     break
-        for task in (sender, lost):
+        for task in beside:
             task.cancel()
         if self.status is None:
             self._lost("is gone: its supervisor was killed, or its host fell")

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ LOST_SECONDS = 30.0  # without a sign of life
 GATHER_SECONDS = 1.5  # after the first failure: what caused it may be heard of a moment later
 GONE = "is gone: its supervisor was killed, or its host fell"
 STACKS_SECONDS = 5.0  # of a hang: until every rank has said where it is
+
+
+Spawn = Callable[[Coroutine[Any, Any, None]], Any]
 
 
 @dataclass
@@ -47,9 +51,9 @@ class Hub:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     port: int = 0
 
-    async def start(self) -> None:
-        """Listen. ValueError if the port is taken."""
-        self.started = time.monotonic()
+    async def start(self, spawn: Spawn) -> None:
+        """Listen, ``spawn`` running what goes on beside. ValueError if the port is taken."""
+        self.started, self._spawn = time.monotonic(), spawn
         wanted = self.place.master_port + 1 if self.place.master_port else 0
         interface = "127.0.0.1" if self.place.world_size == self.place.local_world_size else None
         try:
@@ -60,7 +64,7 @@ class Hub:
                 f"{self.place.master_port}: {error.strerror}: set another MASTER_PORT"
             ) from None
         self.port = self.server.sockets[0].getsockname()[1]
-        self._tasks = [asyncio.create_task(self._watch())]
+        spawn(self._watch())
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One supervisor's connection, to its end."""
@@ -140,7 +144,7 @@ class Hub:
         first = not self.failures
         self.failures.append(failure)
         if first:
-            self._tasks.append(asyncio.create_task(self._end_job()))
+            self._spawn(self._end_job())
 
     async def _end_job(self) -> None:
         await asyncio.sleep(GATHER_SECONDS)

@@ -32,8 +32,8 @@ class Failure:
         return self.message if self.kind == "refused" else f"rank {self.rank} on {self.host} {self.message}"
 
 
-def encode(kind: str, **content: Any) -> bytes:
-    return json.dumps({"say": kind, **content}).encode() + b"\n"
+def encode(say: str, /, **content: Any) -> bytes:
+    return json.dumps({"say": say, **content}).encode() + b"\n"
 
 
 def failure(failed: Failure) -> bytes:
