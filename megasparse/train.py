@@ -31,7 +31,10 @@ from megasparse.engine import Engine, StepResult
 from megasparse.flops import flops_per_token, matmul_flops
 from megasparse.generate import generate
 from megasparse.layers.router import largest_load
-from megasparse.metrics import MetricsLogger, plot_loss, read_metrics, write_environment
+from megasparse.metrics.environment import write_environment
+from megasparse.metrics.log import MetricsLogger
+from megasparse.metrics.plot import plot_loss
+from megasparse.metrics.record import read_metrics
 from megasparse.model import build_model
 from megasparse.parameters import parameter_count
 from megasparse.schedule import learning_rate

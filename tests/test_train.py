@@ -26,7 +26,8 @@ from megasparse.data.loader import Batch
 from megasparse.data.prepare import PrepareConfig, prepare
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.engine import Engine
-from megasparse.metrics import MetricsLogger, read_metrics
+from megasparse.metrics.log import MetricsLogger
+from megasparse.metrics.record import read_metrics
 from megasparse.train import train
 from tests.helpers import run_distributed
 
