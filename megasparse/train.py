@@ -30,7 +30,7 @@ from megasparse.data.loader import TrainingData, ValidationWindows
 from megasparse.engine import Engine, StepResult
 from megasparse.flops import flops_per_token, matmul_flops
 from megasparse.generate import generate
-from megasparse.layers.router import largest_load
+from megasparse.layers.router import load_by_layer
 from megasparse.metrics.environment import write_environment
 from megasparse.metrics.log import MetricsLogger
 from megasparse.metrics.plot import plot_loss
@@ -72,7 +72,8 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
         if checkpoint:
             checkpoints.set_latest(checkpoint)  # killed before the next one, the run goes on from here again
         sources = {"initial_checkpoint": initial, "teacher": taught_by}
-        write_environment(run_dir, recipe, {name: source.identity for name, source in sources.items() if source})
+        identities = {name: source.identity for name, source in sources.items() if source}
+        write_environment(run_dir, recipe, vocab_size, identities)
     log = MetricsLogger(run_dir, recipe, first_step + 1, place.rank)
     announce(log, recipe, place, vocab_size, checkpoint)
     for note in [*layouts.notes(recipe), *sparsity.notes(recipe, chunks), *hopper.notes(recipe)]:
@@ -164,7 +165,9 @@ def step_metrics(result: StepResult, rate: float, tokens_seen: int) -> dict[str,
         **result.distillation,
     }
     if len(result.expert_tokens):
-        metrics["expert_load"] = largest_load(result.expert_tokens)
+        loads = load_by_layer(result.expert_tokens)
+        metrics["expert_load"] = max(loads)
+        metrics["expert_load_by_layer"] = [float(f"{load:.4g}") for load in loads]
         metrics["dropped_fraction"] = result.dropped_fraction
     if result.skipped:
         metrics["skipped"] = 1

@@ -21,15 +21,15 @@ from megasparse.files import write_atomic
 from megasparse.layout import Layout
 
 
-def write_environment(run_dir: Path, recipe: Recipe, sources: Mapping[str, Any] | None = None) -> None:
+def write_environment(run_dir: Path, recipe: Recipe, vocab_size: int, sources: Mapping[str, Any] | None = None) -> None:
     """Make the run folder describe itself: ``recipe.yaml``, fully resolved, and ``environment.json``, a list with the
-    command, layout, versions, git commit and machine of each launch, the first run's and every resumption's; and
-    with ``sources``, what identifies other runs whose weights it used."""
+    command, layout, vocabulary, versions, git commit and machine of each launch, the first run's and every
+    resumption's; and with ``sources``, what identifies other runs whose weights it used."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "recipe.yaml", dump_recipe(recipe))
     path = run_dir / "environment.json"
     launches = json.loads(path.read_text()) if path.exists() else []
-    launch = {**_environment(), "layout": str(layout_of(recipe)), **(sources or {})}
+    launch = {**_environment(), "layout": str(layout_of(recipe)), "vocab_size": vocab_size, **(sources or {})}
     write_atomic(path, json.dumps([*launches, launch], indent=1) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ class MetricsLogger:
     """Rank 0's record of a run; on other ranks every method does nothing.
 
     ``metrics.jsonl`` has one JSON object a step: ``step``, the metrics, and under ``timing`` everything that depends on
-    the clock, so that the rest is the same to the bit in a run that was killed and resumed. A value that is not
-    finite is null there. The console shows a progress bar, or a plain line every ``log_interval`` steps where the
-    output is not a terminal. Names it knows: ``loss``, ``learning_rate``, ``grad_norm``, ``expert_load``,
-    ``dropped_fraction``, ``block_density``, ``attention_recall``; timing's ``tokens_per_second`` and ``mfu``. All are
+    the clock, with ``time`` in seconds since 1970, so that the rest is the same to the bit in a run that was killed
+    and resumed. A value that is not finite is null there. The console shows a progress bar, or a plain line every
+    ``log_interval`` steps where the output is not a terminal. Names it knows: ``loss``, ``learning_rate``,
+    ``grad_norm``, ``expert_load``, ``dropped_fraction``, ``block_density``, ``attention_recall``; timing's
+    ``tokens_per_second`` and ``mfu``. All are
     optional.
     """
 
@@ -43,7 +45,7 @@ class MetricsLogger:
         """Record step number ``step``. Values are numbers, or (lists of) numbers for metrics.jsonl alone."""
         if not self.active:
             return
-        self._file.write(line_of({"step": step, **metrics, "timing": dict(timing)}))
+        self._file.write(line_of({"step": step, **metrics, "timing": {**timing, "time": round(time.time(), 3)}}))
         self._file.flush()
         scalars = {key: value for key, value in {**metrics, **timing}.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,9 @@ from tests.metrics.runs import recipe
 def test_what_is_not_finite_is_null_in_json(tmp_path: Path):
     log = MetricsLogger(tmp_path, recipe())
     log.log(1, {"loss": math.nan, "expert_loads": [1.0, math.inf]}, {})
-    line = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(line, parse_constant=pytest.fail) == {
-        "step": 1,
-        "loss": None,
-        "expert_loads": [1.0, None],
-        "timing": {},
-    }
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert abs(record.pop("timing")["time"] - time.time()) < 60
+    assert record == {"step": 1, "loss": None, "expert_loads": [1.0, None]}
 
 
 def test_values_come_back_to_the_bit(tmp_path: Path):
