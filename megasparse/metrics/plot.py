@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from megasparse.files import written_aside
 from megasparse.metrics.record import read_metrics
@@ -64,12 +67,10 @@ def plot_loss(run_dir: Path) -> Path:
     return run_dir / "loss.png"
 
 
-def smooth(values: list[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Mean over a 25th of the values around each; narrower near the ends, so that it lags nowhere."""
-    reach = len(values) // 50
-    smoothed = []
-    for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        window = values[i - near : i + near + 1]
-        smoothed.append(sum(window) / len(window))
-    return smoothed
+    count = len(values)
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=float)])
+    at = np.arange(count)
+    near = np.minimum(count // 50, np.minimum(at, count - 1 - at))
+    return ((sums[at + near + 1] - sums[at - near]) / (2 * near + 1)).tolist()
