@@ -32,14 +32,29 @@ class MetricsLogger:
         self.active = rank == 0
         if not self.active:
             return
+        self.run_dir, self.recipe = run_dir, recipe
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        kept = [record for record in read_metrics(run_dir) if record["step"] < first_step]
-        write_atomic(path, "".join(line_of(record) for record in kept))
-        self._file = path.open("a")
-        self._tensorboard = tensorboard(run_dir, first_step) if recipe.logging.tensorboard else None
+        self._open(first_step)
         self._wandb = Wandb(run_dir, recipe)
         self._console = Console(recipe.training.steps, first_step, recipe.logging.log_interval)
+
+    def _open(self, first_step: int) -> None:
+        path = self.run_dir / "metrics.jsonl"
+        kept = [record for record in read_metrics(self.run_dir) if record["step"] < first_step]
+        write_atomic(path, "".join(line_of(record) for record in kept))
+        self._file = path.open("a")
+        self._tensorboard = tensorboard(self.run_dir, first_step) if self.recipe.logging.tensorboard else None
+
+    def rewind(self, first_step: int) -> None:
+        """Go back: ``first_step`` is next, and what was recorded from there on is removed."""
+        if self.active:
+            self._close_files()
+            self._open(first_step)
+
+    def _close_files(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def log(self, step: int, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> None:
         """Record step number ``step``. Values are numbers, or (lists of) numbers for metrics.jsonl alone."""
@@ -65,7 +80,5 @@ class MetricsLogger:
         if not self.active:
             return
         self._console.close()
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._close_files()
         self._wandb.close()

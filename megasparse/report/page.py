@@ -16,7 +16,6 @@ from markupsafe import Markup
 from megasparse.config import Recipe, load_recipe
 from megasparse.files import write_atomic
 from megasparse.metrics.console import clock
-from megasparse.metrics.plot import smooth
 from megasparse.metrics.record import moment, read_faults, read_metrics
 from megasparse.parameters import parameter_count
 from megasparse.report import charts
@@ -39,6 +38,7 @@ PANELS = {
     "Speed": [
         Panel("tokens_per_second", "tokens per second"),
         Panel("mfu", "model FLOPs utilisation", percent=True),
+        Panel("rank_spread", "slowest rank's own seconds / median", bottom=1.0),
     ],
     "Optimizer": [
         Panel("learning_rate", "learning rate"),
@@ -117,7 +117,8 @@ def headline(records: Sequence[dict[str, Any]], recipe: dict[str, Any]) -> list[
     if "tokens" in last:
         rows.append(("tokens", _short(last["tokens"]), f"{last['tokens']:,}"))
     if loss := series(records, "loss")[1]:
-        rows.append(("training loss", f"{smooth(loss)[-1]:.4f}", "nats / token"))
+        few = loss[-max(1, len(loss) // 25) :]
+        rows.append(("training loss", f"{statistics.fmean(few):.4f}", f"mean of the last {len(few):,}"))
     steps, validation = series(records, "validation_loss")
     if validation:
         rows.append(("validation loss", f"{validation[-1]:.4f}", f"at step {steps[-1]:,}"))

@@ -28,6 +28,17 @@ def test_resumed_record_equals_the_uninterrupted_one(tmp_path: Path):
     assert [entry["step"] for entry in read_metrics(tmp_path / "cut")] == list(range(1, 21))
 
 
+def test_a_record_that_goes_back_equals_the_uninterrupted_one(tmp_path: Path):
+    record(tmp_path / "whole", 1, 20)
+    log = MetricsLogger(tmp_path / "back", recipe())
+    for step in [*range(1, 14), 11, *range(12, 21)]:
+        if step == 11 and len(read_metrics(tmp_path / "back")) == 13:
+            log.rewind(11)
+        log.log(step, figures(step), {})
+    log.close()
+    assert without_timing(tmp_path / "back") == without_timing(tmp_path / "whole")
+
+
 def test_each_line_is_there_before_the_next_step(tmp_path: Path):
     log = MetricsLogger(tmp_path, recipe())
     log.log(1, figures(1), {})

@@ -32,13 +32,15 @@ RAW = {
     "training": {"steps": 60, "global_batch_size": 8},
 }
 RECIPE = parse_recipe(RAW)
-FIGURES = {panel.key for panels in PANELS.values() for panel in panels} - {"tokens_per_second", "mfu"}
+TIMING = {"tokens_per_second", "mfu", "rank_spread"}
+FIGURES = {panel.key for panels in PANELS.values() for panel in panels} - TIMING
 LIGHT = {"page": (0xF7, 0xF8, 0xFA), "series": (0x0B, 0x5C, 0xAD), "fault": (0xC4, 0x23, 0x2B)}
 DARK = {"page": (0x12, 0x15, 0x1A), "series": (0x6D, 0xB3, 0xF8), "fault": (0xFF, 0x7B, 0x80)}
 
 
 def record(step: int) -> dict[str, Any]:
-    timing = {"seconds": 2.0, "tokens_per_second": 256.0 + step, "mfu": 0.4, "time": 1_700_000_000 + 2.0 * step}
+    timing = {"seconds": 2.0, "tokens_per_second": 256.0 + step, "mfu": 0.4, "rank_spread": 1.1}
+    timing["time"] = 1_700_000_000 + 2.0 * step
     loads = [1.0 + step / 60, 3.0 - step / 60]
     entry = {"step": step, "loss": 2 + 5 / step, "tokens": 512 * step, "expert_load_by_layer": loads, "timing": timing}
     entry |= {**dict.fromkeys(FIGURES, 0.1 + 0.5 / step), "expert_load": max(loads)}
@@ -154,8 +156,16 @@ def test_what_is_said(browser: Browser, page: Path):
     total, active = parameter_count(RECIPE.model, 96, 64)
     assert f"{total:,}, of which {active:,} take part in a token" in text
     tiles = "".join(tile["text"] for tile in boxes(browser, ".tiles .card"))
+    training = f"training loss{(2 + 5 / 59 + 2 + 5 / 60) / 2:.4f}mean of the last 2"
     validation = f"validation loss{2.1 + 5 / 60:.4f}at step 60"
-    for tile in ("step60of 60", "tokens30.7 k30,720", validation, "time in steps2:00median 2 s a", "steps skipped1"):
+    for tile in (
+        "step60of 60",
+        "tokens30.7 k30,720",
+        training,
+        validation,
+        "time in steps2:00median 2 s a",
+        "steps skipped1",
+    ):
         assert tile in tiles
     cells = [cell["text"] for cell in boxes(browser, "tr:last-child td")]
     assert "31" in cells  # the second launch's first step: it began after the 30th record
