@@ -24,6 +24,7 @@ WINDOW = 50  # steps over which the change of the loss, the rates and the pace a
 STALLED = (10, 60)  # no record for so many times the median step, and so many seconds: evaluations may take a while
 FAULTS = 8  # of the last ones, how many are listed
 PLAIN_WIDTH = 160  # columns where the output is no terminal
+LABEL, COLUMN = 14, 20  # columns that a name and a run take where runs have columns
 
 
 @dataclass
@@ -88,11 +89,11 @@ class Progress:
             return Text("no step yet" if self.run_dir.exists() else "no such folder yet", "dim")
         age = max(0.0, now - self.written)
         if self.steps is not None and self.last["step"] >= self.steps:
-            return Text(f"done {clock(age)} ago", "green")
+            return Text(f"done {_age(age)} ago", "green")
         times, seconds = STALLED
         if age > max(times * self.median_seconds(), seconds):
-            return Text(f"STALLED {clock(age)}", "bold red")
-        return Text(f"{clock(age)} ago")
+            return Text(f"STALLED {_age(age)}", "bold red")
+        return Text(f"{_age(age)} ago")
 
 
 def _steps(run_dir: Path) -> int | None:
@@ -110,20 +111,38 @@ def _launched(run_dir: Path) -> float:
 # What is shown --------------------------------------------------------------------------------------------------------
 
 
-def frame(runs: Sequence[Progress], now: float) -> RenderableType:
-    """A table with a row for each run, columns that no run has left out, and the last faults below it."""
+def frame(runs: Sequence[Progress], now: float, console: Console) -> RenderableType:
+    """A table with a row for each run, without columns that no run has, and the last faults below it. Where that is
+    wider than the console, each run has a column instead."""
     rows = [_row(run, now) for run in runs]
     headings = [heading for heading in rows[0] if any(row[heading].plain for row in rows)]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[heading] for heading in headings))
+    cells = [[row[heading] for heading in headings] for row in rows]
+    tables = [_table(headings, cells)]
+    unbounded = console.options.update(max_width=10 * PLAIN_WIDTH)
+    if console.measure(tables[0], options=unbounded).maximum > console.width:
+        count = max(1, (console.width - LABEL) // COLUMN)
+        tables = [_turned(headings, cells[start : start + count]) for start in range(0, len(cells), count)]
     faults = [(run, fault) for run in runs for fault in run.faults]
     if not faults:
-        return table
+        return Group(*tables)
     faults.sort(key=lambda entry: moment(entry[1]["time"]))
-    return Group(table, Text(), _faults(faults[-FAULTS:], len(faults), several=len(runs) > 1))
+    return Group(*tables, Text(), _faults(faults[-FAULTS:], len(faults), several=len(runs) > 1))
+
+
+def _table(headings: Sequence[str | Text], rows: Sequence[Sequence[Text]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="right" if table.columns else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _turned(headings: Sequence[str], rows: Sequence[Sequence[Text]]) -> Table:
+    """The same with a column for each of ``rows``, whose names are their first cells."""
+    names = [row[0] for row in rows]
+    lines = [[Text(heading), *(row[i] for row in rows)] for i, heading in enumerate(headings)][1:]
+    return _table(["", *names], lines)
 
 
 def _row(run: Progress, now: float) -> dict[str, Text]:
@@ -152,6 +171,10 @@ def _row(run: Progress, now: float) -> dict[str, Text]:
 
 def _cell(figure: str, below: str | None = None) -> Text:
     return Text.assemble(figure, ("\n" + below, "dim")) if below else Text(figure)
+
+
+def _age(seconds: float) -> str:
+    return f"{seconds / 86400:.0f} days" if seconds >= 2 * 86400 else clock(seconds)
 
 
 def _number(value: float | None, form: str, scale: float = 1.0) -> str:
@@ -187,7 +210,7 @@ def monitor(run_dirs: Sequence[Path], once: bool = False, interval: float = 1.0)
     def look() -> RenderableType:
         for run in runs:
             run.refresh()
-        return frame(runs, time.time())
+        return frame(runs, time.time(), console)
 
     if once:
         console.print(look())

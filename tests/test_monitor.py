@@ -48,10 +48,10 @@ def shown(*run_dirs: Path, now: float = NOW) -> str:
     return text(runs, now)
 
 
-def text(runs: list[Progress], now: float = NOW) -> str:
-    console = Console(width=PLAIN_WIDTH, highlight=False)
+def text(runs: list[Progress], now: float = NOW, width: int = PLAIN_WIDTH) -> str:
+    console = Console(width=width, highlight=False)
     with console.capture() as capture:
-        console.print(frame(runs, now))
+        console.print(frame(runs, now, console))
     return capture.get()
 
 
@@ -73,9 +73,8 @@ def test_the_pace_counts_evaluations_and_not_the_time_between_launches(tmp_path:
     for entry, moment in zip(records, [NOW - 5000, NOW - 30, NOW], strict=True):  # steps of 2 s, 28 s beside them
         entry["timing"]["time"] = moment
     path.write_text("".join(json.dumps(entry) + "\n" for entry in records))
-    (tmp_path / "environment.json").write_text(
-        json.dumps([{"time": time.strftime("%FT%T+0000", time.gmtime(NOW - 60))}])
-    )
+    launched = time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(NOW - 60))
+    (tmp_path / "environment.json").write_text(json.dumps([{"time": launched}]))
     run = Progress(tmp_path)
     run.refresh()
     assert run.pace() == pytest.approx(30)
@@ -91,7 +90,13 @@ def test_what_is_not_finite_or_skipped(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("age", "step", "state"),
-    [(59, 8, "0:59 ago"), (61, 8, "STALLED 1:01"), (61, 20, "done 1:01 ago"), (7200, 8, "STALLED 2:00:00")],
+    [
+        (59, 8, "0:59 ago"),
+        (61, 8, "STALLED 1:01"),
+        (61, 20, "done 1:01 ago"),
+        (7200, 8, "STALLED 2:00:00"),
+        (3e5, 20, "done 3 days ago"),
+    ],
 )
 def test_a_run_stalls_only_before_its_end(tmp_path: Path, age: float, step: int, state: str):
     write(tmp_path / "run", range(1, step + 1))
@@ -131,6 +136,30 @@ def test_a_resumed_run_is_followed(tmp_path: Path):
     record(run_dir, 3, 4)
     run.refresh()
     assert run.validation is None
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_cuts_no_figure(tmp_path: Path, width: int):
+    figures = {"validation_loss": 3.25, "expert_load": 1.5, "dropped_fraction": 0.125, "block_density": 0.5}
+    runs = [Progress(tmp_path / name) for name in ("first", "second", "third", "fourth")]
+    for run in runs:
+        write(run.run_dir, range(1, 9), **figures)
+        run.refresh()
+    page = text(runs, width=width)
+    assert "…" not in page
+    for figure in [
+        "8/20",
+        "eta 0:24",
+        " 2.0000",
+        "-4.0000",
+        "3.2500",
+        "1,000",
+        "mfu 50.0%",
+        "dropped 12.5%",
+        "0:00 ago",
+    ]:
+        assert page.count(figure) == 4, figure
+    assert max(map(len, page.splitlines())) <= width
 
 
 def fault(**changes: Any) -> dict[str, Any]:
