@@ -81,6 +81,6 @@ def test_faults(tmp_path: Path):
 @pytest.mark.parametrize("zone", ["+0200", "+02:00"])
 def test_moment(zone: str):
     assert moment(f"1970-01-01T02:00:01{zone}").timestamp() == 1.0
-    assert moment("1970-01-01T00:00:01.5Z").timestamp() == 1.5
+    assert moment("1970-01-01T00:00:01.500Z").timestamp() == 1.5
     with pytest.raises(ValueError, match="yesterday"):
         moment("yesterday")
