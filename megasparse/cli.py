@@ -374,6 +374,28 @@ def to_hf(
     typer.echo(f"{output}: {proof or 'logits were not compared'}")
 
 
+@app.command()
+def monitor(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; they need not exist yet.", show_default=False)],
+    once: Annotated[bool, typer.Option("--once", help="Print what there is and end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Show where runs are: step, losses, speed, expert load, and what went wrong. Ends on Ctrl-C."""
+    from megasparse.monitor import monitor as run
+
+    run(runs, once, interval)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, of a run that goes on or has ended.", show_default=False)],
+) -> None:
+    """Write RUN/report.html: the run in one page, to read without network and scripts."""
+    from megasparse.report.page import report as write
+
+    typer.echo(write(run))
+
+
 @contextlib.contextmanager
 def _workers(wanted: bool) -> Iterator[Run | None]:
     """What runs functions on several processes, which are started when it is first called."""

@@ -17,7 +17,7 @@ from megasparse.checkpoint.state import random_state, set_random_state
 from megasparse.config import Faults
 from megasparse.data.loader import Batch
 from megasparse.engine import Engine, Limits, StepResult
-from megasparse.metrics import MetricsLogger
+from megasparse.metrics.log import MetricsLogger
 from megasparse.replicas import check_replicas
 from megasparse.supervisor import append_event
 

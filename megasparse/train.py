@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -32,10 +33,14 @@ from megasparse.faults import FaultLog, Steps, refuse_differing, roll_back
 from megasparse.flops import flops_per_token, matmul_flops
 from megasparse.generate import generate
 from megasparse.launch import launch
-from megasparse.layers.router import largest_load
-from megasparse.metrics import MetricsLogger, plot_loss, read_metrics, write_environment
+from megasparse.layers.router import load_by_layer
+from megasparse.metrics.environment import write_environment
+from megasparse.metrics.log import MetricsLogger
+from megasparse.metrics.plot import plot_loss
+from megasparse.metrics.record import read_metrics
 from megasparse.model import build_model
 from megasparse.parameters import parameter_count
+from megasparse.profiling import Profiler
 from megasparse.pulse import Pulse
 from megasparse.schedule import learning_rate
 from megasparse.signals import Signals
@@ -73,7 +78,8 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
         if checkpoint:
             checkpoints.set_latest(checkpoint)  # killed before the next one, the run goes on from here again
         sources = {"initial_checkpoint": initial, "teacher": taught_by}
-        write_environment(run_dir, recipe, {name: source.identity for name, source in sources.items() if source})
+        identities = {name: source.identity for name, source in sources.items() if source}
+        write_environment(run_dir, recipe, vocab_size, identities)
     log = MetricsLogger(run_dir, recipe, first_step + 1, place.rank)
     announce(log, recipe, place, vocab_size, checkpoint)
     for note in [*layouts.notes(recipe), *sparsity.notes(recipe, chunks), *hopper.notes(recipe)]:
@@ -88,11 +94,12 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
     faults = FaultLog(run_dir, log.say)
     steps = Steps(engine, faults)
     pulse = Pulse(recipe.faults.straggler_interval, recipe.faults.straggler_factor)
+    profiler = Profiler(run_dir, place.rank, recipe.logging, first_step + 1)
     if checkpoint:
         steps.begin_anew(checkpoints.read_manifest(checkpoint).get("faults", {}))
 
     step, rollbacks, stop = first_step, 0, None
-    with Signals() as signals:
+    with Signals() as signals, contextlib.closing(profiler):
         while step < training.steps and stop is None:
             started = time.perf_counter()
             batches = data.step(
@@ -110,6 +117,9 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
             timing = speed.timing(time.perf_counter() - started, result.attention.get("block_density", 1.0))
 
             step += 1
+            if heard.profile:
+                profiler.request()
+            profiler.step(step)
             last, stop = step == training.steps, heard.stop
             if not last and due(step, training.eval_interval):
                 windows = validation.batches(training.micro_batch_size, place.dp_rank, place.dp, training.eval_tokens)
@@ -187,7 +197,9 @@ def step_metrics(result: StepResult, rate: float, tokens_seen: int) -> dict[str,
         **result.distillation,
     }
     if len(result.expert_tokens):
-        metrics["expert_load"] = largest_load(result.expert_tokens)
+        loads = load_by_layer(result.expert_tokens)
+        metrics["expert_load"] = max(loads)
+        metrics["expert_load_by_layer"] = [float(f"{load:.4g}") for load in loads]
         metrics["dropped_fraction"] = result.dropped_fraction
     if result.skipped:
         metrics["skipped"] = 1

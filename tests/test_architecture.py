@@ -28,6 +28,7 @@ LEVELS = [
         "pruning",
         "data",
         "metrics",
+        "profiling",
         "flops",
         "checkpoint",
         "generate",
@@ -37,7 +38,7 @@ LEVELS = [
         "replicas",
     },
     {"processes", "faults"},
-    {"train", "verify", "evaluate", "harness", "inference"},
+    {"train", "verify", "evaluate", "harness", "inference", "monitor", "report"},
     {"cli"},
     {"__main__", "tools"},
 ]

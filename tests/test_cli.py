@@ -311,3 +311,13 @@ def test_convert_there_and_back(
         assert error.splitlines()[-1].startswith("error: "), error
         assert message in error
         assert not (tmp_path / "x").exists()
+
+
+def test_monitor_and_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert run(monkeypatch, "monitor", tmp_path / "a", tmp_path, "--once") == 0
+    assert [line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["no", "such", "folder", "yet"],
+        ["no", "step", "yet"],
+    ]
+    assert run(monkeypatch, "report", tmp_path) == 2
+    assert "is no run folder, it has no recipe.yaml" in capsys.readouterr().err

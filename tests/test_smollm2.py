@@ -26,7 +26,7 @@ from megasparse.config import load_recipe, parse_recipe
 from megasparse.data.prepare import PrepareConfig, prepare
 from megasparse.evaluate import evaluate
 from megasparse.inference import open_model
-from megasparse.metrics import read_metrics
+from megasparse.metrics.record import read_metrics
 from megasparse.train import train
 from tests.checkpoint.hf.conversion import convert, export
 from tests.helpers import REPOSITORY, run_distributed

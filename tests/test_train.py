@@ -26,7 +26,8 @@ from megasparse.data.loader import Batch
 from megasparse.data.prepare import PrepareConfig, prepare
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.engine import Engine
-from megasparse.metrics import MetricsLogger, read_metrics
+from megasparse.metrics.log import MetricsLogger
+from megasparse.metrics.record import read_metrics
 from megasparse.train import train
 from tests.helpers import run_distributed
 
@@ -137,6 +138,9 @@ def test_a_run_explains_itself(tmp_path: Path, corpus: Path) -> None:
     assert [r["step"] for r in records] == list(range(1, 13))
     assert records[-1]["loss"] < records[0]["loss"]
     assert [r["step"] for r in records if "validation_loss" in r] == [5, 10, 12]
+    for r in records:
+        assert len(r["expert_load_by_layer"]) == 2
+        assert max(r["expert_load_by_layer"]) == pytest.approx(r["expert_load"], rel=1e-3)
     final = records[-1]
     manifest = json.loads((corpus / "manifest.json").read_text())["validation"]
     assert final["gzip9_bits_per_byte"] == pytest.approx(8 * manifest["gzip9_bytes"] / manifest["utf8_bytes"])

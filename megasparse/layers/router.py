@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,7 +167,7 @@ class Router(nn.Module):
         self.counts.zero_()
 
 
-def largest_load(counts: Tensor) -> float:
-    """How uneven the worst layer is: max over layers of (largest / mean tokens per expert). counts: [layers, E]."""
+def load_by_layer(counts: Tensor) -> list[float]:
+    """How uneven each layer is: largest / mean tokens per expert. counts: [layers, experts]."""
     mean = counts.double().mean(-1)
-    return (counts.max(-1).values / mean.clamp(min=1e-9)).max().item() if counts.numel() else math.nan
+    return (counts.amax(-1) / mean.clamp(min=1e-9)).tolist()

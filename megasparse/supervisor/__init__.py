@@ -14,7 +14,7 @@ messages.py    what they say to each other
 events.py      faults.jsonl, the record of a run's faults
 """
 
-from megasparse.supervisor.events import append_event, read_events
+from megasparse.supervisor.events import append_event
 from megasparse.supervisor.worker import RESUME, Beats, report, supervise, tell
 
-__all__ = ["RESUME", "Beats", "append_event", "read_events", "report", "supervise", "tell"]
+__all__ = ["RESUME", "Beats", "append_event", "report", "supervise", "tell"]

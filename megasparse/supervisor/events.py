@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 
 def append_event(
@@ -16,11 +15,3 @@ def append_event(
     event = {"time": clock, "step": step, "kind": kind, "rank": rank, "host": host, "message": message}
     with (run_dir / "faults.jsonl").open("a") as file:
         file.write(json.dumps(event) + "\n")
-
-
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """All of them in order; a last line cut short by a kill is left out."""
-    path = run_dir / "faults.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]

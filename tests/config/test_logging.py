@@ -10,6 +10,12 @@ from tests.config.recipes import assert_refused
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"logging.wandb": "yes"}, "logging.wandb = 'yes': "),
+    (
+        {"logging.profile_steps": [5, 3]},
+        "logging.profile_steps: profile_steps=[5, 3]: the last step is before",
+    ),
+    ({"logging.profile_steps": [0, 3]}, "logging.profile_steps.0 = 0: "),
+    ({"logging.profile_ranks": [-1]}, "logging.profile_ranks.0 = -1: "),
 ]
 
 
