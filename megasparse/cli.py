@@ -132,12 +132,36 @@ def train(
     checkpoint: Annotated[
         str | None, typer.Option(help="With --resume: go on from this one, such as step_20.", show_default=False)
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Do not train: check the layout's groups and parts, say what processes need."),
+    ] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --dry-run: processes. Default: parallel.world_size, or the fewest that the layout needs."
+        ),
+    ] = None,
 ) -> None:
     """Train a recipe. For several processes: deepspeed --num_gpus N --module megasparse train RECIPE."""
     from megasparse.config import load_recipe
 
     _share_cores()
+    if world_size is not None and not dry_run:
+        raise ValueError(f"--world-size {world_size} is of a dry run: add --dry-run, or start as many processes")
     resolved = load_recipe(recipe, [*(overrides or []), *_layout_overrides(layout)])
+    if dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it is the same with a GPU, which it does not need
+        from rich.console import Console
+
+        from megasparse import platform
+
+        platform.activate()
+        from megasparse.dry_run import dry_run as check
+        from megasparse.dry_run import show
+
+        show(resolved, check(resolved, world_size), Console())
+        return
     from megasparse.train import train as run
 
     run(resolved, run_dir or Path("runs") / resolved.name, resume, checkpoint)

@@ -72,7 +72,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
         write_environment(run_dir, recipe, {name: source.identity for name, source in sources.items() if source})
     log = MetricsLogger(run_dir, recipe, first_step + 1, place.rank)
     announce(log, recipe, place, vocab_size, checkpoint)
-    for note in [*layouts.notes(recipe), *sparsity.notes(recipe, chunks), *hopper.notes(recipe)]:
+    for note in [*layouts.notes(recipe, world_size), *sparsity.notes(recipe, chunks), *hopper.notes(recipe)]:
         log.say(note)
     if initial:
         log.say(about_initial(recipe, initial, fresh))

@@ -23,6 +23,7 @@ LEVELS = [
     {
         "engine",
         "fragments",
+        "memory",
         "optimizer",
         "hopper",
         "pruning",
@@ -34,7 +35,7 @@ LEVELS = [
         "distillation",
     },
     {"processes"},
-    {"train", "verify", "evaluate", "harness", "inference"},
+    {"train", "dry_run", "verify", "evaluate", "harness", "inference"},
     {"cli"},
     {"__main__", "tools"},
 ]
