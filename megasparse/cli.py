@@ -132,6 +132,10 @@ def train(
     checkpoint: Annotated[
         str | None, typer.Option(help="With --resume: go on from this one, such as step_20.", show_default=False)
     ] = None,
+    deepspeed_config: Annotated[
+        Path | None,
+        typer.Option(help="JSON of DeepSpeed's settings, of which ds_configs/ has some; overrides come after it."),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Do not train: check the layout's groups and parts, say what processes need."),
@@ -144,12 +148,13 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe. For several processes: deepspeed --num_gpus N --module megasparse train RECIPE."""
-    from megasparse.config import load_recipe
+    from megasparse.config import deepspeed_overrides, load_recipe
 
     _share_cores()
     if world_size is not None and not dry_run:
         raise ValueError(f"--world-size {world_size} is of a dry run: add --dry-run, or start as many processes")
-    resolved = load_recipe(recipe, [*(overrides or []), *_layout_overrides(layout)])
+    settings = deepspeed_overrides(deepspeed_config) if deepspeed_config else []
+    resolved = load_recipe(recipe, [*settings, *(overrides or []), *_layout_overrides(layout)])
     if dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it is the same with a GPU, which it does not need
         from rich.console import Console

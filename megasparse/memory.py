@@ -18,7 +18,6 @@ from megasparse.topology import Topology
 
 FP32 = 4
 ADAM = 2 * FP32  # its two moments
-ZERO_BUCKET = 2**24  # elements: engine.deepspeed_config
 REDUCE_BUCKET = 500_000_000  # elements that DeepSpeed flattens at a time where ZeRO does not reduce (its engine.py)
 
 
@@ -57,12 +56,13 @@ def memory(recipe: Recipe, topology: Topology, chunks: nn.ModuleList, vocab_size
         reduction = max(_bf16_copies([g for g in groups if g.expert is expert], size) for expert in (False, True))
     else:
         # DeepSpeed is told of fp16, and of bf16 only where it is bf16_optimizer: else it adds up in float32.
+        elements = parallel.deepspeed.reduce_bucket_size
         told = size if recipe.training.precision == "fp16" else FP32
         apart = FP32 * (told != size)  # float32 copies of bf16 gradients
         gradients = (count if zero == 1 else share) * told
-        bucket = ZERO_BUCKET * (told if zero == 1 else size)
+        bucket = elements * (told if zero == 1 else size)
         if zero == 2:
-            bucket += min(count, ZERO_BUCKET) * (size + apart)  # of what is reduced, in the type it is sent in
+            bucket += min(count, elements) * (size + apart)  # of what is reduced, in the type it is sent in
         if parallel.offload_optimizer:
             bucket += largest * size
             host = states + share * (FP32 + size) + largest * size

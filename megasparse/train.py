@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse import hopper, platform, topology
+from megasparse import hopper, platform, profiling, topology
 from megasparse import layout as layouts
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.load import check_resumable, load
@@ -113,6 +113,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
         if last or due(done, training.save_interval):
             saver.save(done)
     saver.wait()
+    profiling.print_messages(recipe)
     report(log, engine, recipe, place, data, run_dir)
     log.close()
     dist.barrier()

@@ -25,6 +25,7 @@ LEVELS = [
         "fragments",
         "memory",
         "optimizer",
+        "profiling",
         "hopper",
         "pruning",
         "data",
@@ -46,7 +47,7 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Where a library may be imported, as regular expressions on the path below megasparse/.
 ONLY_IN = {
     # The expert layer, and platform.py for the accelerator's word on fp16.
-    "deepspeed": r"engine\.py|optimizer\.py|topology\.py|platform\.py|checkpoint/.*|layers/moe\.py",
+    "deepspeed": r"engine\.py|optimizer\.py|profiling\.py|topology\.py|platform\.py|checkpoint/.*|layers/moe\.py",
     "triton": r"ops/.*",
     "lm_eval": r"harness\.py",
     "transformer_engine": r"layers/[a-z0-9_]+\.py",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +170,17 @@ def test_the_command_line() -> None:
     alone = command_line(recipe, "--world-size", "4")
     assert alone.returncode == 2
     assert "--world-size 4 is of a dry run" in alone.stderr
+
+
+def test_deepspeeds_settings_on_the_command_line(tmp_path: Path) -> None:
+    recipe = str(REPOSITORY / "examples" / "pretrain.yaml")
+    settings = str(REPOSITORY / "ds_configs" / "zero2.json")
+    done = command_line(recipe, "model.vocab_size=4096", "--dry-run", "--deepspeed-config", settings)
+    assert done.returncode == 0, done.stderr
+    assert "ep2dp2+zero2 on 2 processes" in done.stdout
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"gradient_clipping": 0.5}')
+    refused = command_line(recipe, "--dry-run", "--deepspeed-config", str(wrong))
+    assert refused.returncode == 2
+    (line,) = refused.stderr.strip().splitlines()
+    assert line.endswith(f"{wrong} sets gradient_clipping, which is the recipe's optimizer.clip_grad: set that")

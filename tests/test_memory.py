@@ -90,6 +90,16 @@ def test_states_are_what_the_engine_holds(precision: str, layout: str, moe: dict
         assert seen == pytest.approx(estimate, abs=0.1)
 
 
+@pytest.mark.parametrize("layout", ["dp2", "dp2+zero2", "dp2+offload"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_states_with_a_bucket_smaller_than_the_model(precision: str, layout: str) -> None:
+    """As large models have."""
+    parallel = {**Layout.parse(layout).parallel(), "deepspeed": {"reduce_bucket_size": 200_000}}
+    recipe = small.recipe(SIZES, None, {"precision": precision, "micro_batch_size": 1}, parallel=parallel)
+    for seen, estimate in run_distributed(held_by_an_engine, 2, recipe.model_dump(mode="json")):
+        assert seen == pytest.approx(estimate, rel=0.1)
+
+
 def saved_by_autograd(raw: dict[str, Any]) -> tuple[float, float]:
     """Bytes that one micro-batch's forward pass keeps for backward, weights aside; and the estimate. With LayerNorm: a
     CPU has no RMSNorm in one piece."""

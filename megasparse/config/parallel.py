@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
+from megasparse.config.deepspeed import DeepSpeed
 from megasparse.config.section import NonNegative, Section
 
 
@@ -28,3 +29,4 @@ class Parallel(Section):
     are started; of a dry run the fewest that the sizes above need."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     offload_optimizer: bool = False  # ZeRO's master weights and moments, and the step, on the CPU
+    deepspeed: DeepSpeed = DeepSpeed()
