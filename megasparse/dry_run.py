@@ -17,6 +17,7 @@ from megasparse import platform, topology
 from megasparse.config import Recipe
 from megasparse.data.manifest import read_manifest
 from megasparse.flops import flops_per_token
+from megasparse.layers import te
 from megasparse.layout import Layout, stage_layers
 from megasparse.memory import Memory, memory
 from megasparse.model import build_model
@@ -45,6 +46,7 @@ class DryRun:
     count: Count
     flops_per_token: float
     stages: list[Stage]
+    fp8_misfit: str | None  # why Transformer Engine would refuse training.fp8 on a GPU
 
     @property
     def fullest(self) -> Stage:
@@ -60,6 +62,7 @@ def dry_run(recipe: Recipe, world_size: int | None = None) -> DryRun:
     asked = world_size or recipe.parallel.world_size or Layout.of(recipe.parallel, 0).with_fewest().world_size
     layout, vocab_size = layouts.check_layout(recipe, asked), vocabulary(recipe)
     platform.activate()
+    fp8 = recipe.training.fp8
     whole = parameters(recipe.model, vocab_size, recipe.data.seq_length)
     found: Shapes = {}
     stages = []
@@ -82,6 +85,7 @@ def dry_run(recipe: Recipe, world_size: int | None = None) -> DryRun:
         count=parameter_count(recipe.model, vocab_size, recipe.data.seq_length),
         flops_per_token=flops_per_token(recipe.model, vocab_size, recipe.data.seq_length),
         stages=stages,
+        fp8_misfit=te.misfit(recipe, layout.tp, layout.cp) if fp8 is not None and not fp8.emulate else None,
     )
 
 
@@ -179,6 +183,8 @@ def show(recipe: Recipe, run: DryRun, console: Console) -> None:
     for row in rows:
         table.add_row(*(cell for i, cell in enumerate(row) if any(other[i] != "0.00" for other in rows)))
     console.print(table)
+    if run.fp8_misfit is not None:
+        console.print(f"training.fp8 on a GPU: {run.fp8_misfit}", highlight=False, soft_wrap=True)
     console.print(NOTE, highlight=False, soft_wrap=True)
 
 

@@ -102,6 +102,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
             nats, tokens = engine.evaluate(windows)
             metrics["validation_loss"] = nats / tokens
         if last:
+            profiling.print_messages(recipe)
             metrics |= final_evaluation(engine, recipe, place, log)
         log.log(done, metrics, timing)
         skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
@@ -113,7 +114,6 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
         if last or due(done, training.save_interval):
             saver.save(done)
     saver.wait()
-    profiling.print_messages(recipe)
     report(log, engine, recipe, place, data, run_dir)
     log.close()
     dist.barrier()

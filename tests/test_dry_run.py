@@ -92,6 +92,17 @@ def test_world_sizes() -> None:
         dry_run(recipe, 6)
 
 
+def test_what_fp8_kernels_refuse_is_said() -> None:
+    """A CPU emulates it, so it is no error here."""
+    for width, misfit in ((48, None), (40, "a process has 40 of model.ffn_hidden_size, no multiple of 16")):
+        model = {"vocab_size": 97, "ffn_hidden_size": width}
+        run = dry_run(small.recipe(model, training={"fp8": {"recipe": "current"}}))
+        assert run.fp8_misfit == misfit
+    console = Console(width=100, record=True, file=io.StringIO())
+    show(small.recipe(model), run, console)
+    assert "training.fp8 on a GPU: a process has 40 of model.ffn_hidden_size" in console.export_text()
+
+
 def test_no_vocabulary_is_the_users_to_mend() -> None:
     with pytest.raises(
         ValueError, match=r"model.vocab_size is not set, and unused is not a finished data set .*set it"

@@ -96,6 +96,7 @@ def test_recipes_dry_run(path: Path, runs: dict[str, DryRun]) -> None:
     if path in HOPPER:
         assert run.layout.world_size == load_recipe(path).parallel.world_size
         assert run.layout.world_size % 8 == 0
+        assert run.fp8_misfit is None
         assert run.fullest.memory.total < (1 - LEFT) * HBM
 
 

@@ -16,9 +16,9 @@ from megasparse.config.section import Section
 
 
 class CommsLogger(Section):
-    """Time and sizes of messages, printed when a run ends. DeepSpeed sees those that go through it: its reductions of
-    gradients and gathers of weights, and the experts' all-to-all; megatron-core's and the loop's own do not. Each waits
-    for the device, which costs speed."""
+    """Time and sizes of messages, printed after the last step. DeepSpeed sees those that go through it: its reductions
+    of gradients and gathers of weights, and the experts' all-to-all; megatron-core's and the loop's own do not. Each
+    waits for the device, which costs speed."""
 
     enabled: bool = False
     prof_all: bool = True
