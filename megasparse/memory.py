@@ -85,7 +85,7 @@ def memory(recipe: Recipe, topology: Topology, chunks: nn.ModuleList, vocab_size
 class _Group:
     """Elements of one of AdamW's groups on this process."""
 
-    count: int  # DeepSpeed pads it to a multiple of twice the processes that share it
+    count: int
     share: int  # of these, what this process's optimizer holds
     largest: int  # weight
     expert: bool
@@ -94,10 +94,8 @@ class _Group:
     def of(weights: list[Any], topology: Topology, zero_stage: int) -> _Group:
         expert, numels = is_expert(weights[0]), [weight.numel() for weight in weights]
         sharing = topology.expert_dp if expert else topology.replicas
-        if zero_stage == 0:
-            return _Group(sum(numels), sum(numels), max(numels), expert)
-        padded = math.ceil(sum(numels) / (2 * sharing)) * 2 * sharing
-        return _Group(padded, padded // sharing, max(numels), expert)
+        share = math.ceil(sum(numels) / sharing) if zero_stage > 0 else sum(numels)
+        return _Group(sum(numels), share, max(numels), expert)
 
 
 def _bf16_copies(groups: list[_Group], size: int) -> int:

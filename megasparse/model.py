@@ -138,8 +138,7 @@ def build_model(recipe: Recipe, topology: Topology, vocab_size: int) -> tuple[nn
     if model.tie_embeddings and topology.pp > 1 and topology.is_last_stage:
         last: Any = chunks[-1]
         last.output_layer.weight.ds_pipe_replicated = True  # the first stage's copy counts in the gradient norm
-    if platform.device().type != "meta":
-        initialize_weights(chunks, model, recipe.training.seed, topology)
+    initialize_weights(chunks, model, recipe.training.seed, topology)
     return chunks.to(platform.device()), state
 
 

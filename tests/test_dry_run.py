@@ -195,3 +195,24 @@ def test_deepspeeds_settings_on_the_command_line(tmp_path: Path) -> None:
     assert refused.returncode == 2
     (line,) = refused.stderr.strip().splitlines()
     assert line.endswith(f"{wrong} sets gradient_clipping, which is the recipe's optimizer.clip_grad: set that")
+
+
+def test_no_weight_takes_memory() -> None:
+    """Mixtral 8x22B's 141 billion weights: the process has less than 1 GB, most of it libraries."""
+    program = (
+        "import resource, sys; from megasparse.cli import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "print('kB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    recipe = str(REPOSITORY / "examples" / "hopper" / "mixtral_8x22b.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train", recipe, "--dry-run"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "140,620,634,112 parameters" in done.stdout
+    found = re.search(r"^kB (\d+)$", done.stdout, re.M)
+    assert found
+    assert int(found[1]) < 1_000_000

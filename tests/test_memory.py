@@ -129,6 +129,7 @@ def saved_by_autograd(raw: dict[str, Any]) -> tuple[float, float]:
         ({}, {"ffn_hidden_size": 128, "layers": 2}, "tp2+sp"),
         ({}, None, "tp2"),
         ({}, None, "cp2"),
+        ({"num_query_groups": 4}, None, "cp4"),
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
