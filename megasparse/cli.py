@@ -140,15 +140,45 @@ def train(
     checkpoint: Annotated[
         str | None, typer.Option(help="With --resume: go on from this one, such as step_20.", show_default=False)
     ] = None,
+    deepspeed_config: Annotated[
+        Path | None,
+        typer.Option(help="JSON of DeepSpeed's settings, of which ds_configs/ has some; overrides come after it."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Do not train: check the layout's groups and parts, say what processes need."),
+    ] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --dry-run: processes. Default: parallel.world_size, or the fewest that the layout needs."
+        ),
+    ] = None,
 ) -> None:
     """Train a recipe. For several processes: deepspeed --num_gpus N --module megasparse train RECIPE.
 
     SIGTERM and SIGUSR1, to any process: save after the step at hand and end with exit status 75.
     """
-    _start(alone=True)
-    from megasparse.config import load_recipe
+    if not dry_run:
+        _start(alone=True)
+    from megasparse.config import deepspeed_overrides, load_recipe
 
-    resolved = load_recipe(recipe, [*(overrides or []), *_layout_overrides(layout)])
+    if world_size is not None and not dry_run:
+        raise ValueError(f"--world-size {world_size} is of a dry run: add --dry-run, or start as many processes")
+    settings = deepspeed_overrides(deepspeed_config) if deepspeed_config else []
+    resolved = load_recipe(recipe, [*settings, *(overrides or []), *_layout_overrides(layout)])
+    if dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it is the same with a GPU, which it does not need
+        from rich.console import Console
+
+        from megasparse import platform
+
+        platform.activate()
+        from megasparse.dry_run import dry_run as check
+        from megasparse.dry_run import show
+
+        show(resolved, check(resolved, world_size), Console())
+        return
     folder = run_dir or Path("runs") / resolved.name
     from megasparse.train import train as run
 

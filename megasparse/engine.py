@@ -25,7 +25,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megasparse import platform
+from megasparse import deepspeed_profilers, platform
 from megasparse.config import Recipe
 from megasparse.data.loader import Batch
 from megasparse.distillation import Teacher
@@ -94,6 +94,7 @@ class Engine:
                 config=deepspeed_config(recipe, topology),
                 mpu=MegatronMPU(),
             )
+        deepspeed_profilers.log_messages(recipe)
         self.fragments = Fragments(recipe, topology, chunks, self.adam, self.optimizer)
         # DeepSpeed's own norms wait for stages that have no experts and count by their own rules.
         if self.fragments.partitioned:
@@ -141,7 +142,8 @@ class Engine:
         tokens = self._loss_tokens(batches)
         scale = self.topology.replicas / tokens
         self.step_state.gradient_unit = scale * self.loss_scale()
-        losses = self._forward_backward(batches, scale)
+        with deepspeed_profilers.flops_of_forward(self.recipe, self.chunks, step, self.topology.rank):
+            losses = self._forward_backward(batches, scale)
         self.sparse_weights.end_step()
         statistics = self._reduce_statistics(losses, tokens, refresh)
         loss_scale = self.loss_scale()
@@ -406,8 +408,8 @@ def deepspeed_config(recipe: Recipe, topology: Topology) -> dict[str, Any]:
             "overlap_comm": False,
             "contiguous_gradients": True,  # false averages expert gradients over the wrong group (ZeRO-1, ep > 1)
             "reduce_scatter": True,
-            "reduce_bucket_size": 2**24,  # elements; DeepSpeed allocates the whole bucket
-            "allgather_bucket_size": 2**24,
+            "reduce_bucket_size": recipe.parallel.deepspeed.reduce_bucket_size,
+            "allgather_bucket_size": 2**24,  # unused: torch gathers into one tensor
             **({"offload_optimizer": {"device": "cpu"}} if recipe.parallel.offload_optimizer else {}),
         },
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU as well

@@ -73,9 +73,7 @@ class Layout:
             else:
                 raise ValueError(f"layout {text!r}: unknown flag {flag!r}: use sp, zero0, zero1, zero2 or offload")
         layout = Layout(**values)
-        if "dp" not in values:
-            layout = replace(layout, dp=layout.ep // math.gcd(layout.ep, layout.tp * layout.cp))
-        return layout
+        return layout if "dp" in values else layout.with_fewest()
 
     @staticmethod
     def of(parallel: Parallel, world_size: int) -> Layout:
@@ -91,6 +89,10 @@ class Layout:
             offload_optimizer=parallel.offload_optimizer,
         )
         return replace(layout, dp=0 if world_size % layout.world_size else world_size // layout.world_size)
+
+    def with_fewest(self) -> Layout:
+        """With the least data parallelism that ``ep`` needs."""
+        return replace(self, dp=self.ep // math.gcd(self.ep, self.tp * self.cp))
 
     def parallel(self) -> dict[str, Any]:
         """The recipe's ``parallel`` section for this layout (data parallelism is what the world leaves)."""
@@ -128,7 +130,7 @@ def check_layout(recipe: Recipe, world_size: int) -> Layout:
     raise ValueError(f"layout {layout} on {world_size} processes: {broken} ({hint})")
 
 
-def notes(recipe: Recipe) -> list[str]:
+def notes(recipe: Recipe, world_size: int) -> list[str]:
     """What a user should know of a layout that is possible."""
     model = recipe.model
     dropout = [name for name in ("attention_dropout", "hidden_dropout") if getattr(model, name) > 0]
@@ -137,6 +139,11 @@ def notes(recipe: Recipe) -> list[str]:
         "under any ep, ZeRO stage, offload and recompute, not with another tp, pp, cp or dp"
         for name in dropout
     ]
+    written_for = recipe.parallel.world_size
+    if written_for not in (None, world_size):
+        found.append(
+            f"parallel.world_size={written_for}: the recipe is written for so many processes, not {world_size}"
+        )
     fp8 = recipe.training.fp8
     if fp8 is not None:
         emulated = "emulated with torch's float8 types, not on FP8 tensor cores"

@@ -102,7 +102,8 @@ def build_model(recipe: Recipe, topology: Topology, vocab_size: int) -> tuple[nn
     """The part of the model this process holds, initialised: one GPTModel, or with virtual pipeline stages several,
     in the order of the model; and the step state its layers share.
 
-    The weights depend on recipe.training.seed alone: every layout starts from the same model.
+    The weights depend on recipe.training.seed alone: every layout starts from the same model. Within
+    ``torch.device("meta")`` they have shapes and no values.
     """
     model = recipe.model
     config = transformer_config(recipe, topology)

@@ -25,7 +25,10 @@ def has_cuda() -> bool:
 
 
 def device() -> torch.device:
-    """This process's device: its CUDA device by local rank, else the CPU."""
+    """This process's device: its CUDA device by local rank, else the CPU; within ``torch.device("meta")`` that, of
+    which tensors have shapes and no memory."""
+    if torch.get_default_device().type == "meta":
+        return torch.device("meta")
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 

@@ -6,8 +6,10 @@ folded over the tensor x context x data ranks of one pipeline stage.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -101,6 +103,7 @@ def initialize(layout: Layout | None = None, seed: int = 1234, timeout: timedelt
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         launch().export()  # a process alone has port 0: one probed beforehand may be taken in the meantime
+    if not deepspeed.comm.is_initialized():  # of torch's world, where there is one
         deepspeed.init_distributed(platform.backend(), verbose=False, timeout=max(timeout, COLLECTIVE_TIMEOUT))
     assert layout.world_size == dist.get_world_size(), f"{layout} is not a layout of {dist.get_world_size()} processes"
     parallel_state.initialize_model_parallel(
@@ -136,6 +139,20 @@ def initialize(layout: Layout | None = None, seed: int = 1234, timeout: timedelt
         expert_dp_group=groups._get_expert_data_parallel_group(expert),
         stage_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
     )
+
+
+@contextlib.contextmanager
+def pretended(layout: Layout, rank: int) -> Iterator[Topology]:
+    """Within it this process is ``rank`` of a layout whose other processes do not exist: every group has its members,
+    and collectives move nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "this process is in a world already: leave it first"
+    dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
+    try:
+        yield initialize(layout)
+    finally:
+        leave()
 
 
 def background_group(timeout: timedelta) -> Group:

@@ -82,7 +82,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
         write_environment(run_dir, recipe, vocab_size, identities)
     log = MetricsLogger(run_dir, recipe, first_step + 1, place.rank)
     announce(log, recipe, place, vocab_size, checkpoint)
-    for note in [*layouts.notes(recipe), *sparsity.notes(recipe, chunks), *hopper.notes(recipe)]:
+    for note in [*layouts.notes(recipe, world_size), *sparsity.notes(recipe, chunks), *hopper.notes(recipe)]:
         log.say(note)
     if initial:
         log.say(about_initial(recipe, initial, fresh))
@@ -126,6 +126,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
                 nats, tokens = engine.evaluate(beats.during(windows))
                 metrics["validation_loss"] = nats / tokens
             if last:
+                deepspeed_profilers.print_messages(recipe)
                 metrics |= final_evaluation(engine, recipe, place, log, beats)
             log.log(step, metrics, {**timing, "rank_spread": heard.spread})
             beats.beat(step)

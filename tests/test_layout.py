@@ -217,9 +217,15 @@ def test_layers_of_each_stage(parallel: dict[str, Any], layers: int, expected: l
 
 
 def test_what_dropout_follows_is_said() -> None:
-    assert notes(small.recipe()) == []
-    (fp8,) = notes(small.recipe(training={"fp8": {"recipe": "block", "num_layers_at_end_in_bf16": 1}}))
+    assert notes(small.recipe(), 1) == []
+    (fp8,) = notes(small.recipe(training={"fp8": {"recipe": "block", "num_layers_at_end_in_bf16": 1}}), 1)
     assert "training.fp8: 4 of 8 weights of linear layers and experts are multiplied in FP8 with block" in fp8
     assert "emulated" in fp8
-    (note,) = notes(small.recipe({"hidden_dropout": 0.1}))
+    (note,) = notes(small.recipe({"hidden_dropout": 0.1}), 1)
     assert "model.hidden_dropout=0.1: dropout masks follow the ranks" in note
+
+
+def test_another_world_than_the_recipes_is_said() -> None:
+    recipe = small.recipe(parallel={"world_size": 16})
+    assert notes(recipe, 16) == []
+    assert notes(recipe, 8) == ["parallel.world_size=16: the recipe is written for so many processes, not 8"]

@@ -191,6 +191,12 @@ def test_megatrons_tracker_keeps_streams_apart(single: topology.Topology) -> Non
     assert not torch.equal(drawn[0], torch.rand(3))
 
 
+def test_the_device_may_be_one_without_memory() -> None:
+    with torch.device("meta"):
+        assert platform.device().type == "meta"
+    assert platform.device().type != "meta"
+
+
 @cpu_only
 def test_recompute_draws_the_same_dropout(single: topology.Topology) -> None:
     """mcore saves and restores the generators it takes for the GPU's: with the redirected ones, recomputed layers

@@ -12,6 +12,7 @@ training.py   training; training.fp8, .teacher
 sparsity.py   sparsity.weights
 optimizer.py  optimizer, schedule
 parallel.py   parallel
+deepspeed.py  parallel.deepspeed, and DeepSpeed's JSON
 faults.py     faults
 logging.py    logging
 
@@ -28,6 +29,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from megasparse.config.data import Data, DataSet
+from megasparse.config.deepspeed import CommsLogger, DeepSpeed, FlopsProfiler, deepspeed_overrides
 from megasparse.config.faults import Faults
 from megasparse.config.logging import Logging
 from megasparse.config.model import Model, MoE, Rope, SparseAttention
@@ -38,9 +40,12 @@ from megasparse.config.sparsity import Sparsity, WeightSparsity
 from megasparse.config.training import Fp8, Teacher, Training
 
 __all__ = [
+    "CommsLogger",
     "Data",
     "DataSet",
+    "DeepSpeed",
     "Faults",
+    "FlopsProfiler",
     "Fp8",
     "Logging",
     "MoE",
@@ -55,6 +60,7 @@ __all__ = [
     "Teacher",
     "Training",
     "WeightSparsity",
+    "deepspeed_overrides",
     "dump_recipe",
     "load_recipe",
     "parse_model",

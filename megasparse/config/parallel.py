@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
+from megasparse.config.deepspeed import DeepSpeed
 from megasparse.config.section import NonNegative, Section
 
 
@@ -23,5 +24,9 @@ class Parallel(Section):
     loss_weight: NonNegative = 0.0  # the output layer and loss's share of the last stage, in layers
     cp: PositiveInt = 1  # context parallel: the sequence is split, keys and values are gathered
     ep: PositiveInt = 1  # expert parallel, folded over tp x cp x dp
+    world_size: PositiveInt | None = None
+    """Processes the recipe is written for: what a dry run is of, and train notes that it has others. None: as many as
+    are started; of a dry run the fewest that the sizes above need."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     offload_optimizer: bool = False  # ZeRO's master weights and moments, and the step, on the CPU
+    deepspeed: DeepSpeed = DeepSpeed()

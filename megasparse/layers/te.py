@@ -237,14 +237,14 @@ def checked_fields(recipe: Recipe, tp: int, cp: int) -> dict[str, Any]:
         elif sparsity.products == "semi_structured":
             reason = "sparsity.weights.products=semi_structured has no FP8"
             cure = "unset one of them"
-    if reason is None and (reason := _misfit(recipe, tp, cp)) is not None:
+    if reason is None and (reason := misfit(recipe, tp, cp)) is not None:
         cure = "change the size or the number of ranks that share it, or set emulate=true"
     if reason is not None:
         raise ValueError(f"training.fp8.recipe={fp8.recipe} on a GPU: {reason}; {cure}")
     return fp8_fields(fp8.recipe, fp8.gradients, fp8.margin, fp8.amax_history_len, fp8.amax_compute_algo)
 
 
-def _misfit(recipe: Recipe, tp: int, cp: int) -> str | None:
+def misfit(recipe: Recipe, tp: int, cp: int) -> str | None:
     """What TE's assert_dim_for_fp8_exec refuses of a process's products: rows of no multiple of 8, columns of 16."""
     model, training = recipe.model, recipe.training
     heads = model.num_attention_heads + 2 * model.kv_heads

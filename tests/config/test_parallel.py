@@ -10,6 +10,9 @@ from tests.config.recipes import assert_refused
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"parallel.zero_stage": 4}, "parallel.zero_stage = 4: "),
+    ({"parallel.world_size": 0}, "parallel.world_size = 0: "),
+    ({"parallel.deepspeed.reduce_bucket_size": 0}, "parallel.deepspeed.reduce_bucket_size = 0: "),
+    ({"parallel.deepspeed.overlap_comm": True}, "parallel.deepspeed.overlap_comm: unknown key"),
     ({"parallel.layers_per_stage": [2, 0]}, "parallel.layers_per_stage.1 = 0: "),
 ]
 
