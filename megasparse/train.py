@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse import hopper, platform, supervisor, topology
+from megasparse import deepspeed_profilers, hopper, platform, supervisor, topology
 from megasparse import layout as layouts
 from megasparse.checkpoint import folder as checkpoints
 from megasparse.checkpoint.load import check_resumable, load

@@ -51,7 +51,7 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Where a library may be imported, as regular expressions on the path below megasparse/.
 ONLY_IN = {
     # The expert layer, and platform.py for the accelerator's word on fp16.
-    "deepspeed": r"engine\.py|optimizer\.py|deepspeed_profilers\.py|topology\.py|platform\.py|checkpoint/.*|layers/moe\.py",
+    "deepspeed": r"(engine|optimizer|deepspeed_profilers|topology|platform)\.py|checkpoint/.*|layers/moe\.py",
     "triton": r"ops/.*",
     "lm_eval": r"harness\.py",
     "transformer_engine": r"layers/[a-z0-9_]+\.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import sys
 import time
@@ -86,6 +87,7 @@ class Hub:
                 member.step = message["step"]
             case "run_dir":
                 self.run_dir = Path(message["path"])
+                (self.run_dir / "pid").write_text(f"{os.getpid()} {self.host}\n")  # for signals
             case "stacks":
                 self.stacks[member.rank] = message["text"]
             case "failed":
