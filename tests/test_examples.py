@@ -27,7 +27,7 @@ LEFT = 0.1  # of it, for CUDA's context, NCCL and fragmentation
 PUBLISHED = {
     "mixtral_8x7b": ("46.7", "12.9"),  # mistral.ai/news/mixtral-of-experts
     "mixtral_8x22b": ("141", "39"),  # mistral.ai/news/mixtral-8x22b
-    "olmoe_1b_7b": ("6.9", "1.3"),  # arXiv 2409.02060, abstract and table 10
+    "olmoe_1b_7b": ("6.9", "1.3"),  # arXiv 2409.02060
     "qwen3_30b_a3b": ("30.5", "3.3"),  # huggingface.co/Qwen/Qwen3-30B-A3B
     "qwen3_235b_a22b": ("235", "22"),  # huggingface.co/Qwen/Qwen3-235B-A22B
     "gpt2_124m": ("0.124", "0.124"),
