@@ -70,6 +70,11 @@ def launch(environment: Mapping[str, str] | None = None) -> Launch:
 
 def _ranks(env: Mapping[str, str]) -> Launch:
     """deepspeed, torchrun, or a script that sets the same."""
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError(
+            "ranks that torchrun starts again would read the addresses of those before them from its store: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts, or give it --max_restarts=0"
+        )
     local = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env and "LOCAL_SIZE" not in env else "LOCAL_SIZE"
     who = "RANK and WORLD_SIZE say that a launcher started this process"
     return Launch(

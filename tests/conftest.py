@@ -15,6 +15,7 @@ import torch
 from megasparse import topology
 
 torch.set_num_threads(1)
+collect_ignore = [] if "CLUSTER_INSIDE" in os.environ else ["cluster"]  # of tests/cluster/two_hosts.sh
 
 
 def pytest_collection_finish() -> None:

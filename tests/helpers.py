@@ -19,6 +19,7 @@ __all__ = ["REPOSITORY", "RankError", "assert_close", "files_of_at_most", "relat
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ["PYTHONPATH"] = str(REPOSITORY)  # the ranks import tests
+os.environ["MEGASPARSE_SUPERVISOR"] = "none"  # commands that run in a test are their own
 _workers = Workers()
 atexit.register(_workers.close)
 

@@ -39,7 +39,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, Path, bool]]:
     """The calls of megasparse.train.train, which is replaced."""
     calls: list[tuple[Recipe, Path, bool]] = []
     stub = types.ModuleType("megasparse.train")
-    stub.train = lambda *arguments: calls.append(arguments)  # type: ignore[attr-defined]
+    stub.train = lambda *arguments: calls.append(arguments) or True  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "megasparse.train", stub)
     return calls
 
@@ -97,7 +97,8 @@ def test_train_in_a_layout(monkeypatch: pytest.MonkeyPatch, recipe: Path, traine
 
 def test_train_defaults_under_the_launcher(monkeypatch: pytest.MonkeyPatch, recipe: Path, trained: list[Any]):
     """The deepspeed launcher puts --local_rank before the verb, and leaves all cores to each process."""
-    monkeypatch.setenv("LOCAL_SIZE", str(os.cpu_count()))
+    for name, value in launched(1, os.cpu_count() or 2).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert run(monkeypatch, "--local_rank=1", "train", recipe) == 0
@@ -106,7 +107,8 @@ def test_train_defaults_under_the_launcher(monkeypatch: pytest.MonkeyPatch, reci
 
 
 def test_threads_that_the_user_chose_stay(monkeypatch: pytest.MonkeyPatch, recipe: Path, trained: list[Any]):
-    monkeypatch.setenv("LOCAL_SIZE", "2")
+    for name, value in launched(1, 2).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert run(monkeypatch, "train", recipe) == 0
     assert os.environ["OMP_NUM_THREADS"] == "7"
@@ -150,23 +152,32 @@ def test_errors_are_one_line(
     assert printed.out == ""
 
 
-def test_other_ranks_leave_the_error_to_rank_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """... but not for ever: one that nobody ended has an error of its own."""
-    waited: list[float] = []
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(time, "sleep", waited.append)
-    assert run(monkeypatch, "train", "none.yaml") == 2
-    assert waited == [cli.RANK_0_SECONDS]
-    assert capsys.readouterr().err == "error: no recipe at none.yaml (rank 3)\n"
+def launched(rank: int, world_size: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29_000 + os.getpid() % 900),
+    }
 
 
-def test_other_ranks_stay_silent_when_the_launcher_ends_them():
-    rank_1 = subprocess.Popen(
-        [*MODULE, "train", "none.yaml"], env={**os.environ, "RANK": "1"}, stderr=subprocess.PIPE, text=True
-    )
-    time.sleep(1.5)
-    rank_1.terminate()
-    assert rank_1.communicate(timeout=10)[1] == ""
+def test_an_error_of_all_ranks_is_said_once():
+    """Their supervisors leave it to rank 0's."""
+    environment = {name: value for name, value in os.environ.items() if name != "MEGASPARSE_SUPERVISOR"}
+    ranks = [
+        subprocess.Popen(
+            [*MODULE, "train", "none.yaml"],
+            env={**environment, **launched(rank, 3)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    errors = [rank.communicate(timeout=60)[1].strip() for rank in ranks]
+    assert errors == ["error: no recipe at none.yaml", "", ""]
+    assert [rank.returncode for rank in ranks] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("fault", [lambda: json.loads("x"), lambda: {}["key"]], ids=["ValueError", "KeyError"])
@@ -278,7 +289,8 @@ def test_generate(
     assert run(monkeypatch, "generate", tmp_path, "--prompt", "") == 0
     assert opened[0].asked == ("loaded", [7], 128, 0.0, 1.0, 0)
     capsys.readouterr()
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in launched(0, 2).items():
+        monkeypatch.setenv(name, value)
     assert run(monkeypatch, "generate", tmp_path) == 2
     assert capsys.readouterr().err == "error: several processes cannot share stdin: give the text as --prompt\n"
     monkeypatch.setenv("RANK", "1")

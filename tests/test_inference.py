@@ -173,7 +173,9 @@ def test_what_is_no_hugging_face_model(monkeypatch: pytest.MonkeyPatch, folder: 
     assert open_model(path, tokenizer=folder).prefix == 0
     (path / "model.safetensors").unlink()
     assert refused(path) == f"{path} has a config.json but no weights: *.safetensors is missing"
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_SIZE": 2, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert "runs in one process" in refused(folder)
 
 

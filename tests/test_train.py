@@ -107,7 +107,7 @@ def launch(*arguments: object, processes: int = 1) -> subprocess.CompletedProces
 
 def environment() -> dict[str, str]:
     """Without what a process group of the test process itself has left there: its port is taken."""
-    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "MEGASPARSE_SUPERVISOR"}
     return {name: value for name, value in os.environ.items() if name not in launcher}
 
 
@@ -231,11 +231,11 @@ def consumed(recipe: Path, overrides: list[str], run_dir: Path, resume: bool) ->
     seen = []
     step_of_the_engine = Engine.train_step
 
-    def train_step(engine: Engine, batches: list[Batch], step: int, learning_rate: float) -> Any:
+    def train_step(engine: Engine, batches: list[Batch], step: int, *rest: Any, **options: Any) -> Any:
         for batch in batches:
             for tokens, index in zip(batch.tokens, batch.token_index, strict=True):
                 seen.append((step, int(index[0]) // len(index), hash(tuple(tokens.tolist()))))
-        return step_of_the_engine(engine, batches, step, learning_rate)
+        return step_of_the_engine(engine, batches, step, *rest, **options)
 
     with mock.patch.object(Engine, "train_step", train_step), mock.patch("megasparse.train.SAMPLE_TOKENS", 1):
         train(load_recipe(recipe, overrides), run_dir, resume)

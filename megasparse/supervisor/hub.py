@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import sys
@@ -68,7 +69,11 @@ class Hub:
         spawn(self._watch())
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One supervisor's connection, to its end."""
+        """One supervisor's connection."""
+        with contextlib.suppress(asyncio.CancelledError):  # at the end of all; asyncio would print it
+            await self._listen(reader, writer)
+
+    async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         first = await read(reader)
         if first is None or first["say"] != "hello":
             writer.close()

@@ -27,8 +27,8 @@ def supervise(place: Launch) -> None:
         from megasparse.supervisor.guard import guard
 
         sys.exit(guard(place, [sys.executable, *sys.orig_argv[1:]]))
-    faulthandler.enable()  # a crash in C code: its Python traceback, on stderr
     if os.environ[VARIABLE] != "none":
+        faulthandler.enable()  # a crash in C code: its Python traceback, on stderr
         faulthandler.register(signal.SIGQUIT, file=_descriptors()[1], all_threads=True)
 
 

@@ -1,0 +1,127 @@
+"""On a cluster of two hosts with Slurm: every launcher, and what happens when ranks, hosts and networks fail."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megasparse.metrics.record import read_faults, read_metrics
+from tests.cluster.conftest import (
+    STEPS,
+    job_field,
+    kinds,
+    metrics,
+    output,
+    ranks_on,
+    slurm,
+    submit,
+    wait_for,
+    wait_for_job,
+    wait_for_step,
+)
+
+
+def test_a_job_on_two_hosts_learns(undisturbed: list[dict[str, Any]]) -> None:
+    losses = [record["loss"] for record in undisturbed]
+    assert len(losses) == STEPS
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("launcher", ["hostfile", "no-ssh", "torchrun"])
+def test_every_launcher_starts_the_same_run(
+    launcher: str, recipe: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """deepspeed through pdsh and ssh, deepspeed on each host by srun, torchrun: the same losses, to the bit."""
+    job = submit(recipe, tmp_path, "--launcher", launcher)
+    wait_for_job(job, tmp_path)
+    assert metrics(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("launcher", ["srun", "hostfile"])
+def test_usr1_saves_requeues_and_goes_on(
+    launcher: str, recipe: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    job = submit(recipe, tmp_path, "--launcher", launcher)
+    wait_for_step(tmp_path, 13)
+    before = len(read_metrics(tmp_path))
+    slurm("scancel", "--signal=USR1", *(["--batch"] if launcher == "hostfile" else []), job)
+    wait_for(lambda: "signal" in kinds(tmp_path), 30, lambda: output(tmp_path))
+    (stopped,) = read_faults(tmp_path)
+    assert before <= stopped["step"] <= before + 2, "within a step, and the one that was recorded meanwhile"
+    assert (tmp_path / "checkpoints" / f"step_{stopped['step']}").is_dir()
+    wait_for_job(job, tmp_path)
+    assert job_field(job, "Restarts") == "1"
+    assert metrics(tmp_path) == undisturbed
+
+
+def test_a_job_that_is_preempted_goes_on(recipe: Path, undisturbed: list[dict[str, Any]], tmp_path: Path) -> None:
+    job = submit(recipe, tmp_path)
+    wait_for_step(tmp_path, 13)
+    slurm("sbatch", "--partition=high", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap", "sleep 3")
+    wait_for(lambda: "signal" in kinds(tmp_path), 30, lambda: output(tmp_path))
+    wait_for_job(job, tmp_path)
+    assert job_field(job, "Restarts") == "1"
+    assert metrics(tmp_path) == undisturbed
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(recipe: Path, tmp_path: Path) -> None:
+    job = submit(recipe, tmp_path, "--restarts", 0)
+    wait_for_step(tmp_path, 13)
+    (rank,) = ranks_on("n2")
+    killed = time.monotonic()
+    slurm("ssh", "n2", "kill", "-9", rank)
+    wait_for_job(job, tmp_path, "FAILED")
+    assert time.monotonic() - killed < 60
+    assert "error: rank 1 on n2 was killed by SIGKILL" in output(tmp_path)
+    (fault,) = read_faults(tmp_path)
+    assert (fault["kind"], fault["rank"], fault["host"]) == ("killed", 1, "n2")
+
+
+def test_a_rank_that_raises_shows_its_traceback_first(recipe: Path, tmp_path: Path) -> None:
+    """Not those of the ranks that lose their connections to it."""
+    job = submit(recipe, tmp_path, "--restarts", 0, "training.steps=100000", "schedule.type=constant")
+    wait_for_step(tmp_path, 3)
+    (rank,) = ranks_on("n2")
+    slurm("ssh", "n2", "kill", "-INT", rank)
+    wait_for_job(job, tmp_path, "FAILED")
+    assert "error: " in output(tmp_path)
+    assert "Connection closed by peer" not in output(tmp_path)
+
+
+def test_a_torchrun_that_restarts_goes_on(recipe: Path, undisturbed: list[dict[str, Any]], tmp_path: Path) -> None:
+    job = submit(recipe, tmp_path, "--launcher", "torchrun")
+    wait_for_step(tmp_path, 13)
+    (rank,) = ranks_on("n2")
+    slurm("ssh", "n2", "kill", "-9", rank)
+    wait_for_job(job, tmp_path)
+    assert job_field(job, "Restarts") == "0", "it was torchrun that started the ranks again"
+    assert kinds(tmp_path) == ["killed"]
+    assert metrics(tmp_path) == undisturbed
+
+
+def test_a_cut_network_ends_the_job(recipe: Path, tmp_path: Path) -> None:
+    job = submit(recipe, tmp_path, "--restarts", 0, "training.steps=100000", "training.save_interval=0")
+    wait_for_step(tmp_path, 3)
+    cut = time.monotonic()
+    slurm("ip", "link", "set", "v2", "down")
+    try:
+        wait_for(lambda: "error: rank 1 on n2 was not heard from for" in output(tmp_path), 60, lambda: output(tmp_path))
+        assert time.monotonic() - cut < 60
+        assert "the network between it and n1, is down" in output(tmp_path)
+    finally:
+        slurm("ip", "link", "set", "v2", "up")
+    wait_for_job(job, tmp_path, "FAILED", 60)
+
+
+def test_a_rank_that_hangs_ends_the_job_with_every_stack(recipe: Path, tmp_path: Path) -> None:
+    job = submit(recipe, tmp_path, "--restarts", 0, "faults.hang_minutes=0.1", "training.steps=100000")
+    wait_for_step(tmp_path, 13)
+    (rank,) = ranks_on("n2")
+    slurm("ssh", "n2", "kill", "-STOP", rank)
+    wait_for_job(job, tmp_path, "FAILED")
+    assert "made no progress for 0.1 minutes" in output(tmp_path)
+    assert "where they are:" in output(tmp_path)
+    assert "Thread" in (tmp_path / "stacks" / "rank_0.txt").read_text()
