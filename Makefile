@@ -1,5 +1,6 @@
 # make pretrain   set up .venv, prepare the default corpus and pretrain a small mixture of experts on it
 # make test       set up .venv, lint, type-check and test
+# make test-cluster   the tests on a cluster of two hosts, which needs root
 # make help       the other targets
 #
 # PYTHON=python3.12 make pretrain   chooses the interpreter of .venv (3.10 or newer)
@@ -19,11 +20,13 @@ SHELL := /bin/bash
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup pretrain test lint format clean
+.PHONY: help setup pretrain test test-cluster debian lint format clean
 
 help:
 	@echo "make pretrain   prepare the default corpus (once) and pretrain $(RECIPE) on $(PROCESSES) processes"
 	@echo "make test       ruff, pyright and every test"
+	@echo "make test-cluster   every launcher, and faults, on a Slurm cluster of two hosts made of namespaces (root)"
+	@echo "make debian     install the Debian packages that tests use (root)"
 	@echo "make lint       ruff and pyright only"
 	@echo "make format     let ruff rewrite the sources"
 	@echo "make setup      create .venv and install (the others do it when needed)"
@@ -50,6 +53,18 @@ pretrain: $(INSTALLED)
 test: $(INSTALLED) lint
 	@echo "== pytest"
 	@python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+test-cluster: $(INSTALLED) debian
+	@if [ "$$(id -u)" != 0 ]; then echo "skipped: the tests on two hosts need root, for namespaces and slurmd"; exit 0; fi; \
+		tests/cluster/two_hosts.sh python -m pytest -q -p no:cacheprovider --durations=5 tests/cluster $(PYTEST_ARGS)
+
+# chromium shows reports; the others are the cluster's.
+DEBIAN := chromium iproute2 munge openssh-server pdsh slurm-client slurmctld slurmd
+debian:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(DEBIAN) >/dev/null 2>&1; then \
+		echo "== installing $(DEBIAN)"; \
+		apt-get update -qq >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+			--no-install-recommends $(DEBIAN) >/dev/null; fi
 
 lint: $(INSTALLED)
 	@echo "== ruff"

@@ -21,6 +21,10 @@ from megasparse.supervisor.messages import BEAT_SECONDS, LIMIT, Failure, encode,
 JOIN_SECONDS = 300.0  # until every rank's supervisor has been heard from
 LOST_SECONDS = 30.0  # without a sign of life
 GATHER_SECONDS = 1.5  # after the first failure: what caused it may be heard of a moment later
+# How gloo, NCCL and torch's store say that another rank is no longer there.
+DISCONNECTED = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|ncclSystemError|recvValue failed"
+)
 GONE = "is gone: its supervisor was killed, or its host fell"
 STACKS_SECONDS = 5.0  # of a hang: until every rank has said where it is
 
@@ -203,9 +207,13 @@ class Hub:
 
 def root_cause(failures: list[Failure]) -> Failure:
     """What the others follow from. A rank that raises is heard of before its end can be felt by others, but one that is
-    killed may be heard of just after: a kill goes first, then what came first."""
-    order = {"killed": 0, "lost": 2, "hang": 3}
-    return min(failures, key=lambda failure: order.get(failure.kind, 1))
+    killed or just exits may be heard of a moment later: a kill goes first, a lost connection after all else."""
+    order = {"killed": 0, "lost": 3, "hang": 4}
+
+    def place(failure: Failure) -> int:
+        return 2 if DISCONNECTED.search(failure.message) else order.get(failure.kind, 1)
+
+    return min(failures, key=place)
 
 
 def innermost(stack: str) -> str:
