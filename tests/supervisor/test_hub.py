@@ -1,0 +1,94 @@
+"""What the hub makes of what it hears, and of what it does not hear."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from megasparse.launch import Launch
+from megasparse.supervisor import hub
+from megasparse.supervisor.hub import Hub, innermost, root_cause
+from megasparse.supervisor.messages import Failure, encode
+
+
+def failed(kind: str, rank: int, message: str = "") -> Failure:
+    return Failure(kind, rank, f"n{rank}", message)
+
+
+@pytest.mark.parametrize(
+    ("failures", "rank"),
+    [
+        ([failed("raised", 2), failed("raised", 0)], 2),
+        ([failed("raised", 2), failed("killed", 5)], 5),
+        ([failed("raised", 2, "raised RuntimeError: Connection reset by peer"), failed("refused", 4)], 4),
+        ([failed("raised", 2, "raised DistBackendError: ncclRemoteError"), failed("exited", 1)], 1),
+        ([failed("lost", 3), failed("raised", 2, "raised RuntimeError: Connection closed by peer")], 2),
+        ([failed("hang", 3), failed("lost", 1)], 1),
+        ([failed("lost", 3)], 3),
+    ],
+)
+def test_the_root_cause(failures: list[Failure], rank: int) -> None:
+    assert root_cause(failures).rank == rank
+
+
+def test_where_a_rank_is() -> None:
+    """The main thread's innermost frame that is not a library's, and the innermost of all."""
+    dump = """Thread 0x01 (most recent call first):
+  File "/x/threading.py", line 5 in wait
+
+Current thread 0x02 (most recent call first):
+  File "/venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 2900 in all_reduce
+  File "/home/megasparse/engine.py", line 30 in train_step
+  File "/home/megasparse/train.py", line 3 in train
+"""
+    assert innermost(dump) == "train_step (engine.py:30), in all_reduce (distributed_c10d.py:2900)"
+    assert innermost('Current thread 0x02 (most recent call first):\n  File "/a/b.py", line 1 in c\n') == "c (b.py:1)"
+    assert innermost("") == "no Python stack"
+
+
+@pytest.mark.parametrize(("ranks", "text"), [([3], "3"), ([0, 1, 2, 7], "0-2, 7"), ([0, 2, 3], "0, 2-3")])
+def test_ranks_are_listed_short(ranks: list[int], text: str) -> None:
+    assert hub._some(ranks) == text
+
+
+def test_many_ranks_are_cut_short() -> None:
+    assert hub._some(list(range(0, 100, 2)), most=3) == "0, 2, 4, ..."
+
+
+async def until_over(world: int, hello: list[int]) -> Failure:
+    """What the hub finds when ``hello`` ranks of ``world`` say so once, and nothing else."""
+    tasks: set[Any] = set()
+
+    def spawn(part: Coroutine[Any, Any, None]) -> None:
+        tasks.add(asyncio.create_task(part))
+
+    center = Hub(Launch("srun", 0, world, 0, world, "127.0.0.1", 0), "n1")
+    await center.start(spawn)
+    for rank in hello:
+        _, writer = await asyncio.open_connection("127.0.0.1", center.port)
+        writer.write(encode("hello", rank=rank, host=f"n{rank}"))
+        tasks.add(writer)
+    await asyncio.wait_for(center.ended.wait(), 20)
+    center.server.close()
+    return root_cause(center.failures)
+
+
+def test_a_host_that_is_not_heard_from(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(hub, "LOST_SECONDS", 1.0)
+    monkeypatch.setattr(hub, "GATHER_SECONDS", 0.1)
+    cause = asyncio.run(until_over(2, [0, 1]))
+    assert (cause.kind, cause.rank, cause.host) == ("lost", 0, "n0")
+    assert "error: rank 0 on n0 was not heard from for 1 s: its host, or the network between it and n1" in (
+        capsys.readouterr().err
+    )
+
+
+def test_ranks_that_never_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(hub, "JOIN_SECONDS", 1.0)
+    monkeypatch.setattr(hub, "GATHER_SECONDS", 0.1)
+    cause = asyncio.run(until_over(6, [0, 1, 4]))
+    assert (cause.kind, cause.rank) == ("lost", 2)
+    assert "did not start within 1 s, of 6 these did not: 2-3, 5" in capsys.readouterr().err
