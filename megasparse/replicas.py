@@ -37,8 +37,9 @@ def _compare(weights: list[Weight], group: Group) -> str | None:
     if dist.get_world_size(group) == 1 or not weights:
         return None
     own = torch.stack([fingerprint(weight.tensor) for weight in weights])
-    everyone = own.new_empty(dist.get_world_size(group), *own.shape)
-    dist.all_gather_into_tensor(everyone, own, group=group)
+    flat = own.new_empty(dist.get_world_size(group) * len(own))
+    dist.all_gather_into_tensor(flat, own, group=group)
+    everyone = flat.view(-1, len(own))
     differs = (everyone != everyone[0]).any(0)
     if not differs.any():
         return None
