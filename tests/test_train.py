@@ -36,8 +36,11 @@ TEXT = "def f{i}(x):\n    return x + {i}\n\n\nclass C{i}:\n    value = {i}\n"
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def make_corpus(folder: Path) -> Path:
     """A prepared data set of two hundred tiny documents."""
-    folder = tmp_path_factory.mktemp("corpus")
     for i in range(200):
         (folder / f"{i}.py").write_text(TEXT.replace("{i}", str(i)) * 3)
     prepare(PrepareConfig(output=folder / "set", sources=[folder], vocab_size=300, validation_fraction=0.1, workers=1))

@@ -1,4 +1,4 @@
-"""A campaign of faults: a run is killed, cut off, filled up, stopped and fed with NaNs, and must end as if nothing were.
+"""A campaign of faults: a run is killed, cut off, filled up, stopped and fed with NaNs, and ends as if nothing were.
 
     python tools/chaos.py --faults 30
     tests/cluster/two_hosts.sh python tools/chaos.py --faults 30      on two hosts, with the network cut, too

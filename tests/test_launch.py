@@ -1,0 +1,156 @@
+"""What each launcher sets, and what is said of a variable that is missing or wrong."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megasparse.launch import Launch, first_host, launch, tasks_per_node
+
+DEEPSPEED = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "29500",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "29500",
+    "GROUP_RANK": "1",
+    "TORCHELASTIC_RUN_ID": "x",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    "TORCHELASTIC_MAX_RESTARTS": "0",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+SRUN = {  # of task 3, srun --nodes 2 --ntasks-per-node 2
+    "SLURM_JOB_ID": "71",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch("none", 0, 1, 0, 1, "127.0.0.1", 0)),
+        (DEEPSPEED, Launch("deepspeed", 3, 4, 1, 2, "n1", 29500)),
+        (TORCHRUN, Launch("torchrun", 3, 4, 1, 2, "n1", 29500)),
+        (SRUN, Launch("srun", 3, 4, 1, 2, "n1", 15_142)),
+        ({**SRUN, **DEEPSPEED, "RANK": "2", "LOCAL_RANK": "0"}, Launch("deepspeed", 2, 4, 0, 2, "n1", 29500)),
+        # deepspeed --launcher slurm: srun, with the address and the port that deepspeed chose
+        ({**SRUN, "MASTER_ADDR": "n2", "MASTER_PORT": "29501"}, Launch("srun", 3, 4, 1, 2, "n2", 29501)),
+        ({**SRUN, "SLURM_STEP_ID": "9", "SLURM_JOB_ID": "4999"}, Launch("srun", 3, 4, 1, 2, "n1", 15_016)),
+        (
+            {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_LOCALID": "0"},
+            Launch("srun", 3, 4, 0, 1, "n1", 15_142),
+        ),
+        ({"SLURM_JOB_ID": "71", "SLURM_NTASKS": "1"}, Launch("none", 0, 1, 0, 1, "127.0.0.1", 0)),
+    ],
+    ids=["alone", "deepspeed", "torchrun", "srun", "deepspeed in srun", "by slurm", "port", "uneven", "batch of one"],
+)
+def test_where_a_process_stands(environment: dict[str, str], expected: Launch) -> None:
+    assert launch(environment) == expected
+
+
+@pytest.mark.parametrize("environment", [DEEPSPEED, TORCHRUN, SRUN], ids=["deepspeed", "torchrun", "srun"])
+def test_each_missing_variable_is_named(environment: dict[str, str]) -> None:
+    used = [name for name in environment if name.startswith(("RANK", "WORLD", "LOCAL", "MASTER", "SLURM_"))]
+    for name in used:
+        if name in ("SLURM_NTASKS", "SLURM_STEP_ID"):
+            continue
+        rest = {key: value for key, value in environment.items() if key != name}
+        # Of torchrun's and deepspeed's number of local processes one is enough.
+        named = "LOCAL_SIZE" if name == "LOCAL_WORLD_SIZE" else name
+        with pytest.raises(ValueError, match=f"^{named} is not set, but "):
+            launch(rest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": "4"}, r"^RANK=4 does not go with WORLD_SIZE=4"),
+        ({"LOCAL_RANK": "2"}, r"^LOCAL_RANK=2 does not go with LOCAL_SIZE=2"),
+        ({"LOCAL_SIZE": "5"}, r"^LOCAL_SIZE=5 does not go with WORLD_SIZE=4"),
+        ({"WORLD_SIZE": "0"}, r"^WORLD_SIZE=0: a whole number of 1 or more"),
+        ({"RANK": "-1"}, r"^RANK=-1: a whole number"),
+        ({"MASTER_PORT": "http"}, r"^MASTER_PORT=http: a whole number"),
+        ({"MASTER_PORT": "65535"}, r"^MASTER_PORT=65535: a port of 65534 or less"),
+    ],
+)
+def test_what_is_wrong_is_named(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch({**DEEPSPEED, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SLURM_PROCID": "4"}, r"^SLURM_PROCID=4 does not go with SLURM_STEP_NUM_TASKS=4"),
+        ({"SLURM_NODEID": "2"}, r"^SLURM_NODEID=2 is not one of SLURM_STEP_TASKS_PER_NODE=2\(x2\)"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "many"}, r"^SLURM_STEP_TASKS_PER_NODE=many: a list such as"),
+        ({"SLURM_STEP_NODELIST": ","}, r"^SLURM_STEP_NODELIST=,: a list of nodes"),
+    ],
+)
+def test_what_is_wrong_of_slurm_is_named(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch({**SRUN, **changes})
+
+
+def test_processes_that_would_take_themselves_for_the_only_one() -> None:
+    with pytest.raises(ValueError, match=r"SLURM_NTASKS=16, but SLURM_STEP_ID is not set.*start it with srun"):
+        launch({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"})
+    with pytest.raises(ValueError, match="OMPI_COMM_WORLD_SIZE=4 says that Open MPI's mpirun started this process"):
+        launch({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"})
+
+
+def test_a_store_that_outlives_ranks_is_refused() -> None:
+    """torchrun with restarts keeps the addresses of ranks that are gone."""
+    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        launch({**TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3"})
+    alone = {**TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    assert launch(alone).launcher == "torchrun"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[007-010,12]", "gpu007"),
+        ("gpu[3,5-6],login", "gpu3"),
+        ("rack[2-3]n[10-12]-ib", "rack2n10-ib"),
+        ("a-b.example.org,c", "a-b.example.org"),
+    ],
+)
+def test_the_first_host(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_tasks_of_each_node() -> None:
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_per_node("4") == [4]
+
+
+def test_what_is_exported_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in DEEPSPEED:
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    place = launch(SRUN)
+    place.export()
+    again = launch(os.environ)
+    assert vars(again) == {**vars(place), "launcher": "deepspeed"}
