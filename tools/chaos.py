@@ -144,6 +144,14 @@ class Job:
         for process in self.processes:
             process.wait(seconds)
 
+    def wait_for_ranks(self, seconds: float = 120) -> None:
+        """Until every rank and its supervisor has ended."""
+        end = time.monotonic() + seconds
+        pids = [pid for number in range(PROCESSES) for pid in self.pids(number)]
+        while any(is_alive(pid) for pid in pids):
+            assert time.monotonic() < end, f"ranks are still there: see {self.log}"
+            time.sleep(0.05)
+
     def pids(self, number: int) -> tuple[int, int]:
         """Of rank ``number`` and of its supervisor."""
         found = (self.folder / f"rank_{number}").read_text().split()
@@ -158,6 +166,13 @@ class Job:
     def finished(self, steps: int) -> bool:
         records = self.records()
         return len(records) == steps and "validation_bits_per_byte" in records[-1] and self.ended()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------
@@ -238,9 +253,10 @@ def campaign(
             started = time.monotonic()
             mend = inject(kind, job, draw)
             if ENDS.get(kind, True):
-                job.wait()
+                job.wait_for_ranks()
                 seconds[kind].append(time.monotonic() - started)
-                mend()
+                mend()  # srun waits for a host that it cannot reach
+                job.wait()
                 job.start()
             progress.advance(task)
         while not job.ended():
