@@ -30,7 +30,10 @@ class FaultLog:
 
     def note(self, kind: str, message: str, step: int, rank: int | None = None, host: str | None = None) -> None:
         if dist.get_rank() == 0:
-            append_event(self.run_dir, kind, message, step, rank, host)
+            try:
+                append_event(self.run_dir, kind, message, step, rank, host)
+            except OSError as error:
+                self.say(f"could not note in {self.run_dir / 'faults.jsonl'}: {error.strerror}")
             self.say(f"step {step}: {message}")
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from megasparse import cli
+from megasparse import cli, supervisor
 from megasparse.checkpoint.folder import read_manifest
 from megasparse.config import load_recipe
 from megasparse.data.loader import Batch
@@ -410,3 +411,67 @@ def test_a_picture_of_the_blocks_that_a_run_sees(corpus: Path, tmp_path: Path, m
     monkeypatch.setattr(sys, "argv", [program, str(tmp_path / "sparse")])
     with pytest.raises(SystemExit, match=r"^error: .* has no model\.sparse_attention: there are no blocks to show$"):
         runpy.run_path(program, run_name="__main__")
+
+
+@pytest.mark.slow
+def test_asked_to_profile_then_to_save_and_end(tmp_path: Path, corpus: Path) -> None:
+    """SIGUSR2 profiles steps and goes on; SIGUSR1 saves within a step and ends with status 75, and what is resumed
+    then is the run that was never asked."""
+    recipe = write_recipe(tmp_path, corpus, steps=300, save_interval=0)
+    calm, asked = tmp_path / "calm", tmp_path / "asked"
+    assert run("train", recipe, "--run-dir", calm).returncode == 0
+    arguments = ["train", recipe, "--run-dir", asked, "--auto-resume"]
+    process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.DEVNULL)
+
+    def wait_for(what: Any) -> None:
+        end = time.monotonic() + 60
+        while not what():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    wait_for(lambda: len(read_metrics(asked)) > 5)
+    os.kill(process.pid, signal.SIGUSR2)
+    wait_for(lambda: list(asked.glob("profile/step_*/rank_0.json.gz")))
+    assert int((asked / "pid").read_text().split()[0]) == process.pid
+    recorded = len(read_metrics(asked))
+    os.kill(process.pid, signal.SIGUSR1)
+    assert process.wait(60) == supervisor.RESUME
+    (event,) = [json.loads(line) for line in (asked / "faults.jsonl").read_text().splitlines()]
+    assert event["kind"] == "signal"
+    assert recorded <= event["step"] <= recorded + 2 < 300
+    assert (asked / "checkpoints" / f"step_{event['step']}" / "manifest.json").exists()
+    assert launch(*arguments).returncode == 0
+    assert without_timing(asked) == without_timing(calm)
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoints"])
+def test_a_disk_that_is_full_is_one_line(file: str, tmp_path: Path, corpus: Path) -> None:
+    """Of the record, or of a checkpoint whose folder is no longer one."""
+    recipe = write_recipe(tmp_path, corpus, steps=8)
+    ((code, errors),) = run_distributed(on_a_bad_disk, 1, recipe, tmp_path / "run", file)
+    assert code == 2
+    assert errors.startswith(f"error: could not {'write' if file == 'metrics.jsonl' else 'save'} {tmp_path / 'run'}")
+    assert errors.count("\n") == 1
+
+
+def on_a_bad_disk(recipe: Path, run_dir: Path, file: str) -> tuple[int, str]:
+    step_of_the_engine = Engine.train_step
+
+    def train_step(engine: Engine, batches: list[Batch], step: int, *rest: Any, **options: Any) -> Any:
+        if step == 2 and file == "metrics.jsonl":
+            os.dup2(os.open("/dev/full", os.O_WRONLY), next(own_descriptors(run_dir / file)))
+        if step == 2 and file == "checkpoints":
+            (run_dir / file).touch()  # where the folder should be
+        return step_of_the_engine(engine, batches, step, *rest, **options)
+
+    with mock.patch.object(Engine, "train_step", train_step):
+        done = command_line(["train", str(recipe), "--run-dir", str(run_dir)])
+    return done.returncode, done.stderr
+
+
+def own_descriptors(path: Path) -> Iterator[int]:
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if link.resolve() == path.resolve():
+                yield int(link.name)

@@ -94,7 +94,8 @@ def rank(folder: Path, arguments: list[str]) -> None:
         order = folder / "nan"
         if place.rank == 0 and order.exists():
             order.unlink()
-            next(p for p in engine.chunks.parameters() if p.grad is not None).grad.view(-1)[3] = float("nan")
+            gradient = next(p.grad for p in engine.chunks.parameters() if p.grad is not None)
+            gradient.view(-1)[3] = float("nan")
         finalize(engine, *args, **options)
 
     Engine.train_step, Engine._finalize_gradients = slow_step, finalize_with_nan  # type: ignore[method-assign]

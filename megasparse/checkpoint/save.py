@@ -91,11 +91,14 @@ class Saver:
         except ValueError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            last = checkpoints.latest(self.folder)
-            raise ValueError(
-                f"could not save {final}: {error}. {shutil.disk_usage(self.folder).free:,} bytes are free there; "
-                f"the last whole checkpoint is {last.name if last else 'none'}"
-            ) from None
+            raise ValueError(f"could not save {final}: {error}. {self._what_is_there()}") from None
+
+    def _what_is_there(self) -> str:
+        if not self.folder.is_dir():
+            return f"{self.folder} is no longer there"
+        last = checkpoints.latest(self.folder)
+        free = shutil.disk_usage(self.folder).free
+        return f"{free:,} bytes are free there; the last whole checkpoint is {last.name if last else 'none'}"
 
     def _write_own(self, state: dict[str, Sharded], partial: Path) -> dict[str, Any]:
         """Write this rank's part; returns its files' sizes and hashes."""

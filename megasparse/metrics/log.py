@@ -60,8 +60,12 @@ class MetricsLogger:
         """Record step number ``step``. Values are numbers, or (lists of) numbers for metrics.jsonl alone."""
         if not self.active:
             return
-        self._file.write(line_of({"step": step, **metrics, "timing": {**timing, "time": round(time.time(), 3)}}))
-        self._file.flush()
+        line = line_of({"step": step, **metrics, "timing": {**timing, "time": round(time.time(), 3)}})
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(f"could not write {self._file.name}: {error.strerror}; resume when it can be") from None
         scalars = {key: value for key, value in {**metrics, **timing}.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
             for key, value in scalars.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from enum import Enum
@@ -63,9 +64,9 @@ def submit(
     if gpus_per_node and per_node != gpus_per_node:
         raise ValueError(f"--processes-per-node {per_node} with --gpus-per-node {gpus_per_node}: a process has one GPU")
     lines = [[]] if array is None else read_array(array)
-    for line in lines:
-        resolved = load_recipe(recipe, [*(overrides or []), *line])
-        layout = check_layout(resolved, nodes * per_node)
+    resolved = load_recipe(recipe, overrides)
+    runs = [load_recipe(recipe, [*(overrides or []), *line]) for line in lines]
+    layout, *others = {str(check_layout(run, nodes * per_node)): None for run in runs}
     folder = (run_dir or Path("runs") / resolved.name).resolve()
     script = folder / "job.sbatch"
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +90,13 @@ def submit(
         bin=os.path.dirname(sys.executable),
     )
     write_atomic(script, content)
-    print(f"{resolved.name}: {layout} on {nodes} x {per_node} processes, started by {launcher.value}; {script}")
+    print(
+        f"{resolved.name}: {', '.join([layout, *others])} on {nodes} x {per_node} processes, started by {launcher.value}; {script}"
+    )
     if write_only:
         return
+    if shutil.which("sbatch") is None:
+        raise ValueError(f"there is no sbatch here: submit {script} where there is Slurm")
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"sbatch refused {script}: {done.stderr.strip()}")
