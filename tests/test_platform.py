@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 from unittest import mock
 
@@ -216,3 +217,16 @@ def test_recompute_draws_the_same_dropout(single: topology.Topology) -> None:
     for a, b in zip(recomputed, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert not torch.allclose(plain[0], none[0], rtol=1e-3), "dropout does something"
+
+
+def test_the_clock_says_what_lies_between_start_and_stop() -> None:
+    clock = platform.Clock()
+    clock.start()
+    assert clock.seconds() == 0.0, "it was not stopped"
+    time.sleep(0.05)
+    clock.stop()
+    time.sleep(0.05)
+    assert 0.05 <= clock.seconds() < 0.095
+    clock.start()
+    clock.stop()
+    assert clock.seconds() < 0.05

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-PROCESSES = 2
+NAME, PROCESSES = "chaos", 2
 STEP_SECONDS = 0.15  # a step is made that long, so that faults hit different ones
 DISK_BYTES = 4 << 20  # of the disk that is filled up: room for four checkpoints
 KINDS = ("kill", "supervisor", "term", "usr1", "nan", "hang", "disk", "network")
@@ -123,7 +123,7 @@ class Job:
         program += ["--run-dir", str(self.run_dir), "--auto-resume"]
         with self.log.open("a") as log:
             if self.on_hosts:
-                program = ["srun", "--kill-on-bad-exit=1", "--nodes", str(PROCESSES), *program]
+                program = ["srun", "--job-name", NAME, "--kill-on-bad-exit=1", "--nodes", str(PROCESSES), *program]
                 self.processes = [subprocess.Popen(program, stdout=log, stderr=log)]
                 return
             port = random.Random().randrange(20_000, 29_000, 2)
@@ -142,8 +142,16 @@ class Job:
         return all(process.poll() is not None for process in self.processes)
 
     def wait(self, seconds: float = 120) -> None:
+        """Until the launcher has ended, too."""
         for process in self.processes:
-            process.wait(seconds)
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                if not self.on_hosts:
+                    raise
+                # srun waits on for word of a host that was cut off while its task ended.
+                subprocess.run(["scancel", "--name", NAME], check=True)
+                process.wait(seconds)
 
     def wait_for_ranks(self, seconds: float = 120) -> None:
         """Until every rank and its supervisor has ended."""
@@ -257,7 +265,7 @@ def campaign(
                 job.wait_for_ranks()
                 seconds[kind].append(time.monotonic() - started)
                 mend()  # srun waits for a host that it cannot reach
-                job.wait()
+                job.wait(10)
                 job.start()
             progress.advance(task)
         while not job.ended():

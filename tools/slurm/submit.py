@@ -66,7 +66,7 @@ def submit(
     lines = [[]] if array is None else read_array(array)
     resolved = load_recipe(recipe, overrides)
     runs = [load_recipe(recipe, [*(overrides or []), *line]) for line in lines]
-    layout, *others = {str(check_layout(run, nodes * per_node)): None for run in runs}
+    layouts = dict.fromkeys(str(check_layout(run, nodes * per_node)) for run in runs)
     folder = (run_dir or Path("runs") / resolved.name).resolve()
     script = folder / "job.sbatch"
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,9 +90,7 @@ def submit(
         bin=os.path.dirname(sys.executable),
     )
     write_atomic(script, content)
-    print(
-        f"{resolved.name}: {', '.join([layout, *others])} on {nodes} x {per_node} processes, started by {launcher.value}; {script}"
-    )
+    print(f"{resolved.name}: {', '.join(layouts)} on {nodes} x {per_node} processes by {launcher.value}; {script}")
     if write_only:
         return
     if shutil.which("sbatch") is None:
