@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+from base64 import b64encode
+from pathlib import Path
 
 import pytest
 
 from megasparse.launch import Launch, first_host, launch, tasks_per_node
+from tests.helpers import REPOSITORY
 
 DEEPSPEED = {
     "RANK": "3",
@@ -89,6 +95,8 @@ def test_each_missing_variable_is_named(environment: dict[str, str]) -> None:
         ({"WORLD_SIZE": "0"}, r"^WORLD_SIZE=0: a whole number of 1 or more"),
         ({"RANK": "-1"}, r"^RANK=-1: a whole number"),
         ({"MASTER_PORT": "http"}, r"^MASTER_PORT=http: a whole number"),
+        ({"LOCAL_SIZE": "two"}, r"^LOCAL_SIZE=two: a whole number of 1 or more"),
+        ({"MASTER_ADDR": ""}, r"^MASTER_ADDR is not set, but RANK and WORLD_SIZE say"),
         ({"MASTER_PORT": "65535"}, r"^MASTER_PORT=65535: a port of 65534 or less"),
     ],
 )
@@ -100,8 +108,26 @@ def test_what_is_wrong_is_named(changes: dict[str, str], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"LOCAL_RANK": "2"}, r"^LOCAL_RANK=2 does not go with LOCAL_WORLD_SIZE=2"),
+        ({"LOCAL_WORLD_SIZE": "5"}, r"^LOCAL_WORLD_SIZE=5 does not go with WORLD_SIZE=4"),
+        ({"LOCAL_WORLD_SIZE": "0"}, r"^LOCAL_WORLD_SIZE=0: a whole number of 1 or more"),
+    ],
+)
+def test_what_is_wrong_of_torchrun_is_named(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch({**TORCHRUN, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"SLURM_PROCID": "4"}, r"^SLURM_PROCID=4 does not go with SLURM_STEP_NUM_TASKS=4"),
         ({"SLURM_NODEID": "2"}, r"^SLURM_NODEID=2 is not one of SLURM_STEP_TASKS_PER_NODE=2\(x2\)"),
+        ({"SLURM_LOCALID": "2"}, r"^SLURM_LOCALID=2 does not go with SLURM_STEP_TASKS_PER_NODE=2\(x2\)"),
+        ({"SLURM_STEP_NUM_TASKS": "0"}, r"^SLURM_STEP_NUM_TASKS=0: a whole number of 1 or more"),
+        ({"SLURM_JOB_ID": "71_2"}, r"^SLURM_JOB_ID=71_2: a whole number"),
+        ({"MASTER_PORT": "70000"}, r"^MASTER_PORT=70000: a port of 65534 or less"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2"}, r"^SLURM_STEP_TASKS_PER_NODE=2\(x2: a list such as"),
         ({"SLURM_STEP_TASKS_PER_NODE": "many"}, r"^SLURM_STEP_TASKS_PER_NODE=many: a list such as"),
         ({"SLURM_STEP_NODELIST": ","}, r"^SLURM_STEP_NODELIST=,: a list of nodes"),
     ],
@@ -116,6 +142,11 @@ def test_processes_that_would_take_themselves_for_the_only_one() -> None:
         launch({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"})
     with pytest.raises(ValueError, match="OMPI_COMM_WORLD_SIZE=4 says that Open MPI's mpirun started this process"):
         launch({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"})
+    with pytest.raises(ValueError, match="PMI_SIZE=2 says that mpiexec started this process"):
+        launch({"PMI_SIZE": "2", "PMI_RANK": "0"})
+    assert launch({"OMPI_COMM_WORLD_SIZE": "1"}).launcher == "none"
+    assert launch({**DEEPSPEED, "OMPI_COMM_WORLD_SIZE": "4"}).rank == 3
+    assert launch({**SRUN, "PMI_SIZE": "4"}).rank == 3
 
 
 def test_a_store_that_outlives_ranks_is_refused() -> None:
@@ -144,6 +175,39 @@ def test_the_first_host(nodes: str, first: str) -> None:
 def test_tasks_of_each_node() -> None:
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     assert tasks_per_node("4") == [4]
+
+
+def test_steps_of_srun_that_run_at_once_have_their_own_ports() -> None:
+    """The one after each is the supervisors'. All are below 25000: Linux hands out ports from 32768 on."""
+    ports = [launch({**SRUN, "SLURM_JOB_ID": str(job)}).master_port for job in range(4990, 5010)]
+    assert len({port + more for port in ports for more in (0, 1)}) == 40
+    assert all(15_000 <= port < 25_000 for port in ports)
+
+
+SHOW = "from megasparse.launch import launch; print(*vars(launch()).values(), flush=True)"
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_the_real_launcher(launcher: str, tmp_path: Path) -> None:
+    script = tmp_path / "show.py"
+    script.write_text(SHOW)
+    port = 27_000 + os.getpid() % 1000
+    world = b64encode(b'{"localhost": [0, 1]}').decode()
+    start = {
+        "deepspeed": ["-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1"],
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"],
+    }[launcher]
+    environment = {key: value for key, value in os.environ.items() if key not in {*DEEPSPEED, *TORCHRUN}}
+    done = subprocess.run(
+        [sys.executable, *start, f"--master_port={port}", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**environment, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = sorted(re.findall(rf"^{launcher} .*$", done.stdout, re.MULTILINE))
+    assert lines == [f"{launcher} {rank} 2 {rank} 2 127.0.0.1 {port}" for rank in range(2)]
 
 
 def test_what_is_exported_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:

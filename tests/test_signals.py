@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -35,3 +37,29 @@ def test_afterwards_they_are_what_they_were() -> None:
         assert caught == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+OUTSIDE = """
+import os, signal
+from megasparse.signals import Signals
+with Signals():
+    os.kill(os.getpid(), {number})
+print("inside", flush=True)
+os.kill(os.getpid(), {number})
+print("outside", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_outside_a_process_ends_at_them(number: signal.Signals) -> None:
+    program = [sys.executable, "-c", OUTSIDE.format(number=int(number))]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("inside\n", -number), done.stderr
+
+
+def test_they_are_what_they_were_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="in the run"), Signals():
+        assert signal.getsignal(signal.SIGTERM) != before
+        raise RuntimeError("in the run")
+    assert signal.getsignal(signal.SIGTERM) == before

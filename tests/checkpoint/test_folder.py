@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from megasparse.checkpoint import folder as checkpoints
-from megasparse.checkpoint.folder import Damaged, latest, prune, publish, read_manifest, verify, whole_before
+from megasparse.checkpoint.folder import (
+    Damaged,
+    latest,
+    newest_before,
+    prune,
+    publish,
+    read_manifest,
+    verify,
+    whole_before,
+)
 from megasparse.files import sha256_of_file
 
 
@@ -46,6 +55,18 @@ def test_latest(tmp_path: Path) -> None:
         latest(tmp_path)
     (tmp_path / "step_7").mkdir()
     assert latest(tmp_path) == tmp_path / "step_7"
+
+
+def test_the_newest_before_a_step(tmp_path: Path) -> None:
+    """By number, whatever ``latest`` names; what is being written or removed is none."""
+    assert newest_before(tmp_path / "nowhere", 9) is None
+    assert newest_before(tmp_path, 9) is None
+    for step in (9, 10, 100, 2):
+        write(tmp_path, step)
+    (tmp_path / "step_11.partial").mkdir()
+    (tmp_path / "step_8.removed").mkdir()
+    for step, newest in ((1, None), (2, 2), (8, 2), (9, 9), (10, 10), (11, 10), (99, 10), (100, 100), (10**6, 100)):
+        assert newest_before(tmp_path, step) == (newest and tmp_path / f"step_{newest}"), step
 
 
 def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:

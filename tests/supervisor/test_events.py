@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from megasparse.metrics.record import read_faults
 from megasparse.supervisor import append_event
+from tests.helpers import run_distributed
 
 
 def test_events(tmp_path: Path) -> None:
@@ -24,6 +26,20 @@ def test_events(tmp_path: Path) -> None:
         "message": "rank 3 on n2 made no progress",
     }
     assert (second["step"], second["rank"], second["host"]) == (8, None, None)
+
+
+def note_many(run_dir: Path) -> None:
+    for step in range(100):
+        append_event(run_dir, os.environ["RANK"], "a line of " + "many words " * 30, step)
+
+
+def test_several_processes_at_once(tmp_path: Path) -> None:
+    """No line is torn or lost, and each process's are in order."""
+    run_distributed(note_many, 3, tmp_path)
+    events = read_faults(tmp_path)
+    for rank in "012":
+        assert [event["step"] for event in events if event["kind"] == rank] == list(range(100))
+    assert len(events) == 300
 
 
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:
