@@ -119,16 +119,8 @@ class Job:
         self.starts += 1
         for file in self.folder.glob("rank_*"):
             file.unlink()
-        program = [
-            sys.executable,
-            "-u",
-            str(Path(__file__).resolve()),
-            "rank",
-            str(self.folder),
-            "train",
-            str(self.path),
-        ]
-        program += ["--run-dir", str(self.run_dir), "--auto-resume"]
+        program = [sys.executable, "-u", str(Path(__file__).resolve()), "rank", str(self.folder)]
+        program += ["train", str(self.path), "--run-dir", str(self.run_dir), "--auto-resume"]
         port = random.Random().randrange(20_000, 29_000, 2)
         self.processes = []
         for number in range(PROCESSES):
