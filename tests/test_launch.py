@@ -184,7 +184,13 @@ def test_steps_of_srun_that_run_at_once_have_their_own_ports() -> None:
     assert all(15_000 <= port < 25_000 for port in ports)
 
 
-SHOW = "from megasparse.launch import launch; print(*vars(launch()).values(), flush=True)"
+# In one write: the two share their output.
+SHOW = """
+import os
+from megasparse.launch import launch
+
+os.write(1, (" ".join(map(str, vars(launch()).values())) + "\\n").encode())
+"""
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
