@@ -198,6 +198,44 @@ def test_back_to_the_last_checkpoint(tmp_path: Path, corpus: Path) -> None:
         run_distributed(diverging, 1, path, tmp_path / "not", overrides, False)
 
 
+def corrupted(recipe_file: Path, run_dir: Path, overrides: list[str]) -> None:
+    """A run in which rank 1 computes wrong after its third step: one bit of a norm."""
+    from megasparse.config import load_recipe
+    from megasparse.train import train
+
+    whole_step = Engine.train_step
+
+    def train_step(engine: Engine, batches: Any, step: int, *rest: Any, **options: Any) -> StepResult:
+        result = whole_step(engine, batches, step, *rest, **options)
+        if step == 2 and engine.topology.rank == 1:
+            bits = engine.chunks[0].decoder.final_layernorm.weight.data.view(torch.int32)  # type: ignore[union-attr]
+            bits[3] ^= 1
+        return result
+
+    Engine.train_step = train_step  # type: ignore[method-assign]
+    try:
+        train(load_recipe(recipe_file, overrides), run_dir)
+    finally:
+        Engine.train_step = whole_step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("interval", "seen_at"), [(3, 3), (100, 4)], ids=["in time", "before a checkpoint"])
+def test_silent_corruption_ends_a_run_before_it_is_saved(
+    interval: int, seen_at: int, tmp_path: Path, corpus: Path
+) -> None:
+    from megasparse.metrics.record import read_faults
+    from tests.test_train import write_recipe
+
+    path = write_recipe(tmp_path, corpus)
+    overrides = [f"faults.check_replicas_interval={interval}", "parallel.zero_stage=0"]
+    said = rf"after step {seen_at} each of ranks 0, 1 holds another decoder\.final_layernorm\.weight than its copies"
+    with pytest.raises(AssertionError, match=said):
+        run_distributed(corrupted, 2, path, tmp_path / "run", overrides)
+    (fault,) = read_faults(tmp_path / "run")
+    assert (fault["kind"], fault["step"]) == ("replicas_differ", seen_at)
+    assert not (tmp_path / "run" / "checkpoints" / "step_4").exists()
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.test_train import make_corpus

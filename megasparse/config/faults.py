@@ -25,6 +25,8 @@ class Faults(Section):
     check_replicas_interval: NonNegativeInt = 0
     """Steps between comparisons of all copies of each weight, to the bit, which find silent corruption; also before
     each checkpoint. 0: none."""
-    hang_minutes: PositiveFloat = 10.0  # without a step before every rank's stack is written down and the job ended
+    hang_minutes: PositiveFloat = 10.0
+    """Without a step, a batch of an evaluation or a save done, until every rank's stack is written down and the job
+    ended."""
     straggler_interval: PositiveInt = 100  # steps over which ranks' times are compared
     straggler_factor: Annotated[PositiveFloat, Field(gt=1)] = 1.5  # of the median: a rank that slow is reported

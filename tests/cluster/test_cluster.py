@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,25 @@ def test_a_torchrun_that_restarts_goes_on(recipe: Path, undisturbed: list[dict[s
     assert job_field(job, "Restarts") == "0", "it was torchrun that started the ranks again"
     assert kinds(tmp_path) == ["killed"]
     assert metrics(tmp_path) == undisturbed
+
+
+def test_a_disk_that_becomes_read_only(recipe: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "checkpoints", checkpoints], check=True)
+    try:
+        job = submit(recipe, tmp_path, "training.steps=100000", "training.save_interval=20")
+        wait_for(lambda: (checkpoints / "latest").exists(), 60, lambda: output(tmp_path))
+        subprocess.run(["mount", "-o", "remount,ro", checkpoints], check=True)
+        wait_for_job(job, tmp_path, "FAILED")
+        assert job_field(job, "Restarts") == "0", "starting it again would not help"
+        last = (checkpoints / "latest").read_text().strip()
+        assert re.search(
+            rf"error: could not save .*Read-only file system.*whole checkpoint is {last}", output(tmp_path)
+        )
+        assert (checkpoints / last / "manifest.json").exists()
+    finally:
+        subprocess.run(["umount", checkpoints], check=True)
 
 
 def test_a_cut_network_ends_the_job(recipe: Path, tmp_path: Path) -> None:
