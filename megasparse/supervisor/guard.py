@@ -19,7 +19,8 @@ from megasparse.supervisor.hub import JOIN_SECONDS, LOST_SECONDS, Hub
 from megasparse.supervisor.messages import BEAT_SECONDS, LIMIT, Failure, encode, failure, read, signal_name
 from megasparse.supervisor.worker import RESUME, VARIABLE
 
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP = (signal.SIGTERM, signal.SIGUSR1)
+PASSED_ON = (*STOP, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 STACK_SECONDS = 1.0  # that a rank has to write its stacks
 
@@ -43,7 +44,6 @@ class _Guard:
         self.over = asyncio.Event()
         self.said: dict[str, Any] | None = None  # the error that the rank reported
         self.step: int | None = None
-        self.told_to_stop: int | None = None
         self.watch_seconds, self.beat_at = 0.0, time.monotonic()
         self.hung = False
         self.hub_heard = time.monotonic()
@@ -57,8 +57,6 @@ class _Guard:
             await hub.start(self._spawn)
         self.address = ("127.0.0.1", hub.port) if hub else (self.place.master_addr, self.place.master_port + 1)
         loop = asyncio.get_running_loop()
-        for number in PASSED_ON:
-            loop.add_signal_handler(number, self._pass_on, number)
         loop.add_signal_handler(signal.SIGINT, lambda: None)  # the terminal's, which the rank gets itself
         with tempfile.TemporaryFile() as stacks:
             ours, theirs = socket.socketpair()
@@ -69,6 +67,8 @@ class _Guard:
                 env={**os.environ, VARIABLE: f"{theirs.fileno()},{stacks.fileno()}"},
                 preexec_fn=_end_with_parent(),
             )
+            for number in PASSED_ON:
+                loop.add_signal_handler(number, self._pass_on, number)
             theirs.close()
             self.line, self.answer = await asyncio.open_connection(sock=ours, limit=LIMIT)
             for part in (self._listen, self._link, self._watch, self._wait):
@@ -99,8 +99,6 @@ class _Guard:
             self.over.set()
 
     def _pass_on(self, number: int) -> None:
-        if number == signal.SIGTERM:
-            self.told_to_stop = number
         with contextlib.suppress(ProcessLookupError):
             self.child.send_signal(number)
 
@@ -138,8 +136,8 @@ class _Guard:
             return  # the hub knows
         if code in (0, RESUME):
             self.outbox.put_nowait(encode("done", status=code))
-        elif code == -signal.SIGTERM and self.told_to_stop:
-            self._failed("refused", "stopped by SIGTERM before the first step: nothing was lost", status=128 + 15)
+        elif -code in STOP:  # later the rank notes them, and saves
+            self._failed("refused", f"{signal_name(-code)} before the first step: nothing is lost", status=RESUME)
         elif code == -signal.SIGINT or code == 128 + signal.SIGINT:
             self._failed("refused", "interrupted", status=128 + 2)
         elif code < 0:

@@ -27,6 +27,7 @@ def supervise(place: Launch) -> None:
         from megasparse.supervisor.guard import guard
 
         sys.exit(guard(place, [sys.executable, *sys.orig_argv[1:]]))
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # until training profiles at it
     if os.environ[VARIABLE] != "none":
         faulthandler.enable()  # a crash in C code: its Python traceback, on stderr
         faulthandler.register(signal.SIGQUIT, file=_descriptors()[1], all_threads=True)

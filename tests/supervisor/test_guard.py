@@ -232,11 +232,18 @@ def test_signals_are_passed_on(tmp_path: Path) -> None:
     assert job.ranks[0].returncode == 0
 
 
-def test_sigterm_before_the_first_step(tmp_path: Path) -> None:
-    job = Job(tmp_path, [WAIT])
-    job.pid(0)
-    job.ranks[0].terminate()
-    assert job.wait() == ([143], ["\nerror: stopped by SIGTERM before the first step: nothing was lost\n"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_end_before_the_first_step(tmp_path: Path, number: signal.Signals) -> None:
+    """One rank is asked: all end, to be started again. Profiling cannot be asked for yet."""
+    job = Job(tmp_path, [WAIT, WAIT])
+    rank = job.pid(1)
+    os.kill(rank, signal.SIGUSR2)
+    time.sleep(0.2)
+    assert alive(rank)
+    job.ranks[1].send_signal(number)
+    statuses, errors = job.wait()
+    assert statuses == [RESUME, RESUME]
+    assert errors == [f"\nerror: {number.name} before the first step: nothing is lost\n", ""]
 
 
 def test_a_taken_port_is_said(tmp_path: Path) -> None:
