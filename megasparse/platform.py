@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from typing import Any
 
@@ -48,6 +49,13 @@ def activate() -> None:
     _redirect_torch_cuda()
     _redirect_megatron()
     logger.info("no CUDA: megatron-core's torch.cuda calls go to the CPU, collectives to gloo")
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held, on its CUDA device, or of the host's memory."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Clock:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megasparse import platform
+from megasparse.layout import Layout
 from megasparse.signals import STOP, Signals
 
 
@@ -20,6 +21,8 @@ class Heard:
     stop: str | None  # the signal that some rank got
     profile: bool  # some rank was asked to
     spread: float  # the slowest rank's own seconds in this step, over the median
+    stage_seconds: list[float]  # the slowest rank's of each pipeline stage
+    stage_memory: list[float]  # GiB: the most that a rank of each pipeline stage has held so far
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,11 @@ class Straggler:
 
 
 class Pulse:
-    """One all-gather of three numbers a step, over the world."""
+    """One all-gather of four numbers a step, over the world."""
 
-    def __init__(self, interval: int, factor: float) -> None:
+    def __init__(self, layout: Layout, interval: int, factor: float) -> None:
         """Every ``interval`` steps a rank whose mean is more than ``factor`` times the median is a straggler."""
-        self.interval, self.factor = interval, factor
+        self.stages, self.interval, self.factor = layout.pp, interval, factor
         self.hosts: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(self.hosts, socket.gethostname())
         self._seconds: list[list[float]] = []
@@ -50,14 +53,25 @@ class Pulse:
     def exchange(self, signals: Signals, own_seconds: float) -> Heard:
         """After a step, on every rank. ``own_seconds``: before this rank waited for the others' gradients."""
         asked = [number.name for number in STOP].index(signals.stop) + 1 if signals.stop else 0
-        own = torch.tensor([asked, signals.profile, own_seconds], dtype=torch.float64, device=platform.device())
+        values = [asked, signals.profile, own_seconds, platform.peak_memory() / 2**30]
+        own = torch.tensor(values, dtype=torch.float64, device=platform.device())
         signals.profile = False
-        everyone = own.new_empty(len(self.hosts) * 3)
+        everyone = own.new_empty(len(self.hosts) * len(values))
         dist.all_gather_into_tensor(everyone, own)
-        stops, profiles, seconds = everyone.view(-1, 3).T.tolist()
+        stops, profiles, seconds, memory = everyone.view(-1, len(values)).T.tolist()
         self._seconds.append(seconds)
-        stop = STOP[int(max(stops)) - 1].name if any(stops) else None
-        return Heard(stop, any(profiles), max(seconds) / max(statistics.median(seconds), 1e-9))
+        return Heard(
+            stop=STOP[int(max(stops)) - 1].name if any(stops) else None,
+            profile=any(profiles),
+            spread=max(seconds) / max(statistics.median(seconds), 1e-9),
+            stage_seconds=self._by_stage(seconds),
+            stage_memory=self._by_stage(memory),
+        )
+
+    def _by_stage(self, values: list[float]) -> list[float]:
+        """The most of each pipeline stage, whose ranks follow each other."""
+        size = len(values) // self.stages
+        return [max(values[first : first + size]) for first in range(0, len(values), size)]
 
     def stragglers(self) -> list[Straggler]:
         """Who was slow, once ``interval`` steps have been seen; then it looks anew. Coupled ranks are slow together:

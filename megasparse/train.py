@@ -93,7 +93,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
     beats = supervisor.Beats(recipe.faults.hang_minutes)
     faults = FaultLog(run_dir, log.say)
     steps = Steps(engine, faults)
-    pulse = Pulse(recipe.faults.straggler_interval, recipe.faults.straggler_factor)
+    pulse = Pulse(place, recipe.faults.straggler_interval, recipe.faults.straggler_factor)
     profiler = Profiler(run_dir, place.rank, recipe.logging, first_step + 1)
     if checkpoint:
         steps.begin_anew(checkpoints.read_manifest(checkpoint).get("faults", {}))
@@ -128,7 +128,8 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
             if last:
                 deepspeed_profilers.print_messages(recipe)
                 metrics |= final_evaluation(engine, recipe, place, log, beats)
-            log.log(step, metrics, {**timing, "rank_spread": heard.spread})
+            stages = {"stage_seconds": heard.stage_seconds, "stage_memory_gib": heard.stage_memory}
+            log.log(step, metrics, {**timing, **stages, "rank_spread": heard.spread})
             beats.beat(step)
             for straggler in pulse.stragglers():
                 faults.note("straggler", str(straggler), step, straggler.rank, straggler.host)

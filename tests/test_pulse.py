@@ -18,7 +18,7 @@ def pulses(asked: dict[int, tuple[str | None, bool]], seconds: list[float]) -> t
     """Two steps; before the first, ranks are ``asked`` to stop by a signal and to profile."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     topology.initialize(Layout(dp=world))
-    signals, pulse = Signals(), Pulse(2, 1.5)
+    signals, pulse = Signals(), Pulse(Layout(dp=world), 2, 1.5)
     signals.stop, signals.profile = asked.get(rank, (None, False))
     first = pulse.exchange(signals, seconds[rank])
     assert pulse.stragglers() == []
@@ -48,3 +48,17 @@ def test_a_slow_rank_is_named() -> None:
     assert str(slow) == (
         f"rank 1 on {socket.gethostname()} is slow: 0.500 s of its own a step, 2.5 times the median of 0.200 s"
     )
+
+
+def of_stages(seconds: list[float]) -> Heard:
+    rank = int(os.environ["RANK"])
+    place = topology.initialize(Layout(pp=2, dp=2))
+    assert place.pp_rank == rank // 2, "the ranks of a stage follow each other"
+    return Pulse(place, 100, 1.5).exchange(Signals(), seconds[rank])
+
+
+def test_each_pipeline_stage_has_its_time_and_memory() -> None:
+    for heard in run_distributed(of_stages, 4, [0.1, 0.2, 0.4, 0.3]):
+        assert heard.stage_seconds == [0.2, 0.4]
+        assert len(heard.stage_memory) == 2
+        assert all(0.05 < memory < 24 for memory in heard.stage_memory)

@@ -56,7 +56,7 @@ class MetricsLogger:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def log(self, step: int, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """Record step number ``step``. Values are numbers, or (lists of) numbers for metrics.jsonl alone."""
         if not self.active:
             return

@@ -42,6 +42,16 @@ def test_every_launcher_starts_the_same_run(
     assert metrics(tmp_path) == undisturbed
 
 
+def test_an_array_is_a_run_a_line(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("training.seed=1\ntraining.seed=2\n")
+    run_dir = tmp_path / "runs"
+    job = submit(recipe, run_dir, "--nodes", 1, "--array", tmp_path / "lines", "training.steps=4", "parallel.ep=1")
+    wait_for(lambda: not slurm("squeue", "-h", "-j", job).strip(), 90, lambda: output(run_dir))
+    losses = [[record["loss"] for record in metrics(run_dir / str(index))] for index in range(2)]
+    assert [len(of_run) for of_run in losses] == [4, 4]
+    assert losses[0] != losses[1]
+
+
 @pytest.mark.parametrize("launcher", ["srun", "hostfile"])
 def test_usr1_saves_requeues_and_goes_on(
     launcher: str, recipe: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
