@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import resource
 import sys
 import time
 from collections import defaultdict
@@ -62,8 +63,10 @@ class Hub:
         self.started, self._spawn = time.monotonic(), spawn
         wanted = self.place.master_port + 1 if self.place.master_port else 0
         interface = "127.0.0.1" if self.place.world_size == self.place.local_world_size else None
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # 1024 by default: no more ranks than that
         try:
-            self.server = await asyncio.start_server(self._serve, interface, wanted, limit=LIMIT)
+            self.server = await asyncio.start_server(self._serve, interface, wanted, limit=LIMIT, backlog=4096)
         except OSError as error:
             raise ValueError(
                 f"rank 0's supervisor cannot listen on port {wanted} of {self.host}, the one after MASTER_PORT="

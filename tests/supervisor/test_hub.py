@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from megasparse.launch import Launch
 from megasparse.supervisor import hub
 from megasparse.supervisor.hub import Hub, innermost, root_cause
-from megasparse.supervisor.messages import Failure, encode
+from megasparse.supervisor.messages import Failure, encode, failure, read
 
 
 def failed(kind: str, rank: int, message: str = "") -> Failure:
@@ -92,3 +93,40 @@ def test_ranks_that_never_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     cause = asyncio.run(until_over(6, [0, 1, 4]))
     assert (cause.kind, cause.rank) == ("lost", 2)
     assert "did not start within 1 s, of 6 these did not: 2-3, 5" in capsys.readouterr().err
+
+
+async def of_many(world: int) -> tuple[float, set[int]]:
+    """Seconds from a failure of one of ``world`` ranks until all have been told to end, and with which status."""
+    tasks: set[Any] = set()
+    center = Hub(Launch("srun", 0, world, 0, world, "127.0.0.1", 0), "n1")
+    await center.start(lambda part: tasks.add(asyncio.create_task(part)))
+    members = []
+    for rank in range(world):
+        reader, writer = await asyncio.open_connection("127.0.0.1", center.port)
+        writer.write(encode("hello", rank=rank, host=f"n{rank // 8}"))
+        members.append((reader, writer))
+    while len(center.members) < world:
+        await asyncio.sleep(0.01)
+    started = time.monotonic()
+    members[7][1].write(failure(Failure("killed", 7, "n0", "was killed by SIGKILL", status=137)))
+
+    async def told(reader: asyncio.StreamReader) -> int:
+        while (message := await read(reader)) is not None:
+            if message["say"] == "end":
+                return message["status"]
+        raise AssertionError("it was not told")
+
+    statuses = await asyncio.gather(*(told(reader) for reader, _ in members))
+    seconds = time.monotonic() - started
+    for _, writer in members:
+        writer.close()
+    center.server.close()
+    return seconds, set(statuses)
+
+
+def test_a_thousand_ranks_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """More connections than a process may have files by default."""
+    seconds, statuses = asyncio.run(of_many(1200))
+    assert statuses == {137}
+    assert seconds < hub.GATHER_SECONDS + 5
+    assert "error: rank 7 on n0 was killed by SIGKILL" in capsys.readouterr().err
