@@ -22,6 +22,10 @@ from megasparse.metrics.record import Follower, moment, read_faults
 
 WINDOW = 50  # steps over which the change of the loss, the rates and the pace are taken
 STALLED = (10, 60)  # no record for so many times the median step, and so many seconds: evaluations may take a while
+ENDS = {  # of the kinds of faults that end a run, what is said
+    "signal": "saved, ended",
+    **{kind: f"{kind}, ended" for kind in ("killed", "raised", "exited", "hang", "lost", "replicas_differ")},
+}
 FAULTS = 8  # of the last ones, how many are listed
 PLAIN_WIDTH = 160  # columns where the output is no terminal
 LABEL, COLUMN = 14, 20  # columns that a name and a run take where runs have columns
@@ -84,12 +88,16 @@ class Progress:
         return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else self.rate("seconds")
 
     def state(self, now: float) -> Text:
-        """Done, running with the time since the last record, or stalled."""
+        """Done, ended by a fault or a signal, running with the time since the last record, or stalled."""
         if not self.records:
             return Text("no step yet" if self.run_dir.exists() else "no such folder yet", "dim")
         age = max(0.0, now - self.written)
         if self.steps is not None and self.last["step"] >= self.steps:
             return Text(f"done {_age(age)} ago", "green")
+        ended = self.faults[-1] if self.faults and self.faults[-1]["kind"] in ENDS else None
+        if ended is not None and (at := moment(ended["time"]).timestamp()) >= max(self.launched, self.written - 1):
+            style = "yellow" if ended["kind"] == "signal" else "bold red"
+            return Text(f"{ENDS[ended['kind']]} {_age(max(0.0, now - at))} ago", style)
         times, seconds = STALLED
         if age > max(times * self.median_seconds(), seconds):
             return Text(f"STALLED {_age(age)}", "bold red")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,18 @@ def test_what_is_not_finite_or_skipped(tmp_path: Path):
 def test_a_run_stalls_only_before_its_end(tmp_path: Path, age: float, step: int, state: str):
     write(tmp_path / "run", range(1, step + 1))
     assert state in shown(tmp_path / "run", now=NOW + age)
+
+
+@pytest.mark.parametrize(("kind", "state"), [("signal", "saved, ended 1:40 ago"), ("killed", "killed, ended 1:40 ago")])
+def test_a_run_that_was_ended_is_not_stalled(tmp_path: Path, kind: str, state: str):
+    """... but for what a run before it ended with."""
+    write(tmp_path / "run", range(1, 4))
+    event = {"time": datetime.fromtimestamp(NOW).isoformat(), "step": 3, "kind": kind, "rank": None, "host": None}
+    (tmp_path / "run" / "faults.jsonl").write_text(json.dumps({**event, "message": "x"}) + "\n")
+    assert state in shown(tmp_path / "run", now=NOW + 100)
+    event["time"] = datetime.fromtimestamp(NOW - 1000).isoformat()
+    (tmp_path / "run" / "faults.jsonl").write_text(json.dumps({**event, "message": "x"}) + "\n")
+    assert "STALLED 1:40" in shown(tmp_path / "run", now=NOW + 100)
 
 
 def test_slow_steps_are_no_stall(tmp_path: Path):
