@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-NAME, PROCESSES = "chaos", 2
+PROCESSES = 2
 STEP_SECONDS = 0.15  # a step is made that long, so that faults hit different ones
 DISK_BYTES = 4 << 20  # of the disk that is filled up: room for four checkpoints
 KINDS = ("kill", "supervisor", "term", "usr1", "nan", "hang", "disk", "network")
@@ -119,39 +119,35 @@ class Job:
         self.starts += 1
         for file in self.folder.glob("rank_*"):
             file.unlink()
-        program = [sys.executable, "-u", __file__, "rank", str(self.folder), "train", str(self.path)]
+        program = [
+            sys.executable,
+            "-u",
+            str(Path(__file__).resolve()),
+            "rank",
+            str(self.folder),
+            "train",
+            str(self.path),
+        ]
         program += ["--run-dir", str(self.run_dir), "--auto-resume"]
-        with self.log.open("a") as log:
+        port = random.Random().randrange(20_000, 29_000, 2)
+        self.processes = []
+        for number in range(PROCESSES):
+            there = {"WORLD_SIZE": PROCESSES, "LOCAL_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            there |= {"RANK": number, "LOCAL_RANK": number, "OMP_NUM_THREADS": 1}
+            prefix: list[str] = []
             if self.on_hosts:
-                program = ["srun", "--job-name", NAME, "--kill-on-bad-exit=1", "--nodes", str(PROCESSES), *program]
-                self.processes = [subprocess.Popen(program, stdout=log, stderr=log)]
-                return
-            port = random.Random().randrange(20_000, 29_000, 2)
-            world = {"WORLD_SIZE": PROCESSES, "LOCAL_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            self.processes = [
-                subprocess.Popen(
-                    program,
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, **{k: str(v) for k, v in {**world, "RANK": r, "LOCAL_RANK": r}.items()}},
-                )
-                for r in range(PROCESSES)
-            ]
+                there |= {"LOCAL_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "n1"}
+                prefix = ["ssh", f"n{number + 1}"]
+            variables = [f"{name}={value}" for name, value in there.items()]
+            with self.log.open("a") as log:
+                self.processes.append(subprocess.Popen([*prefix, "env", *variables, *program], stdout=log, stderr=log))
 
     def ended(self) -> bool:
         return all(process.poll() is not None for process in self.processes)
 
     def wait(self, seconds: float = 120) -> None:
-        """Until the launcher has ended, too."""
         for process in self.processes:
-            try:
-                process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                if not self.on_hosts:
-                    raise
-                # srun waits on for word of a host that was cut off while its task ended.
-                subprocess.run(["scancel", "--name", NAME], check=True)
-                process.wait(seconds)
+            process.wait(seconds)
 
     def wait_for_ranks(self, seconds: float = 120) -> None:
         """Until every rank and its supervisor has ended."""
@@ -160,6 +156,9 @@ class Job:
         while any(is_alive(pid) for pid in pids):
             assert time.monotonic() < end, f"ranks are still there: see {self.log}"
             time.sleep(0.05)
+        for process in self.processes:
+            process.kill()  # ssh, that waits for word from a host that was cut off
+        self.wait()
 
     def pids(self, number: int) -> tuple[int, int]:
         """Of rank ``number`` and of its supervisor."""
@@ -264,8 +263,7 @@ def campaign(
             if ENDS.get(kind, True):
                 job.wait_for_ranks()
                 seconds[kind].append(time.monotonic() - started)
-                mend()  # srun waits for a host that it cannot reach
-                job.wait(10)
+                mend()
                 job.start()
             progress.advance(task)
         while not job.ended():
