@@ -132,7 +132,7 @@ class Engine:
         limits = limits or Limits()
         self._clock.start()
         self.chunks.train()
-        calibrate = partial(self._forward_backward, batches, 1.0, forward_only=True)
+        calibrate = None if again else partial(self._forward_backward, batches, 1.0, forward_only=True)
         refresh = self.sparse_weights.begin_step(step, calibrate)
         refresh = self._refresh if again else refresh  # the second time nothing flips
         self._refresh = refresh

@@ -109,18 +109,21 @@ class Fragments:
         return None if parts is None else parts[parameter._index_in_param_group].view(-1)
 
     def gradient_norm(self) -> float:
-        """sqrt of the sum of squares over the whole model, each weight once: one all-reduce over the world."""
+        """sqrt of the sum of squares over the whole model, each weight once: one all-reduce over the world. Not finite
+        if any rank's gradient is not, its copy of another's weight or not."""
         dense = torch.zeros((), dtype=torch.float64)
         experts = torch.zeros((), dtype=torch.float64)
         for fragment in self:
             gradient, parameter = fragment.gradient, fragment.weight.tensor
-            if gradient is None or fragment.weight.copy:
+            if gradient is None:
                 continue
             square = torch.linalg.vector_norm(gradient.float()).double().square().cpu()
             if is_expert(parameter):
                 experts += square
-            elif getattr(parameter, "tensor_model_parallel", False) or self.topology.tp_rank == 0:
-                dense += square
+                continue
+            whole = not getattr(parameter, "tensor_model_parallel", False)  # on each tensor-parallel rank
+            copy = fragment.weight.copy or (whole and self.topology.tp_rank > 0)
+            dense += 0 * square if copy else square  # 0 times what is not finite is not a number
         if self.parallel.zero_stage == 0:  # every replica counted the same gradient
             dense, experts = dense / self.topology.replicas, experts / self.topology.expert_dp
         total = (dense + experts).to(platform.device())

@@ -36,16 +36,17 @@ class SparseWeights:
         if self.sparsity is not None and self.sparsity.method == "ast":
             adam.register_step_post_hook(self._decay_after_adam)
 
-    def begin_step(self, step: int, calibrate: Callable[[], Any]) -> Refresh:
+    def begin_step(self, step: int, calibrate: Callable[[], Any] | None) -> Refresh:
         """Make masks anew where they are due; returns this rank's share in what changed.
 
-        ``calibrate`` runs the model forward on the step's samples, for Wanda's score."""
+        ``calibrate`` runs the model forward on the step's samples, for Wanda's score; None where this step was begun
+        before: weights are masked by now, its inputs are not what they were."""
         total = Refresh()
         if self.sparsity is None:
             return total
         self.decay = schedule.mask_decay((step + 1) / self.steps, self.sparsity)
         first = any(sparse.becomes_sparse(step, self.steps) for sparse in self.of.values())
-        if first and self.sparsity.score == "wanda":
+        if first and calibrate is not None and self.sparsity.score == "wanda":
             self.chunks.eval()
             measure_inputs(self.chunks, self.topology, calibrate)
             self.chunks.train()

@@ -6,107 +6,165 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megasparse import topology
-from megasparse.config import Faults, Recipe
+from megasparse.checkpoint.folder import latest
+from megasparse.config import Faults, Recipe, load_recipe
 from megasparse.engine import Engine, Limits, StepResult
 from megasparse.faults import FaultLog, Spikes, Steps
+from megasparse.metrics.record import read_faults, read_metrics
+from megasparse.train import train
 from tests import small
 from tests.helpers import run_distributed
 from tests.test_engine import engine_of
-
-# Everything that a step draws or moves: dropout, router noise and biases, masks that change in each step.
-RANDOM = {"model": {"hidden_dropout": 0.1}, "moe": {"jitter": 0.05, "bias_update_rate": 0.01}}
-S_STE = {"sparsity": {"weights": {"method": "s_ste", "targets": [r"\.mlp\.experts"], "refresh_interval": 1}}}
+from tests.test_train import make_corpus, run, without_timing, write_recipe
 
 
-def spoil(engine: Engine, when: Callable[[], bool]) -> None:
-    """A NaN in a gradient of the passes for which ``when`` is true."""
-    finalize = engine.config.finalize_model_grads_func
+@dataclass(frozen=True)
+class Trained:
+    """What six steps end with."""
 
-    def finalize_and_spoil(*args: Any, **options: Any) -> None:
-        if when():
-            weight = next(p for p in engine.chunks.parameters() if p.requires_grad)
-            engine._gradient(weight).view(-1)[1] = math.nan
-        finalize(*args, **options)
+    results: list[StepResult]
+    state: dict[str, Tensor]  # weights, router biases, masks, scales
+    skipped_in_a_row: int
+    events: list[tuple[str, int, str]]  # kind, step from 1, message
 
-    engine.config.finalize_model_grads_func = finalize_and_spoil
+
+def spoil(engine: Engine, name: str, when: Callable[[], bool]) -> None:
+    """On the last rank, a NaN in the gradient of the first weight whose name has ``name`` in it, while ``when``."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        weight = next(p for n, p in engine.chunks.named_parameters() if p.requires_grad and name in n)
+
+        def spoilt(gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            gradient.view(-1)[1] = math.nan
+            return gradient
+
+        weight.register_hook(lambda gradient: spoilt(gradient) if when() else gradient)
 
 
 def trained(
-    recipe: Recipe, folder: Path, bad_step: int | None, times: int, left_out: int | None = None
-) -> tuple[list[StepResult], dict[str, Any], list[dict[str, Any]]]:
-    """Six steps, of which ``bad_step`` is spoilt so many times and ``left_out`` is not done at all; what it ends
-    with, and the events."""
+    recipe: Recipe, folder: Path, name: str, bad_step: int | None, times: int, left_out: int | None = None
+) -> Trained:
+    """Six steps, of which ``bad_step`` is spoilt so many times and ``left_out`` is not done at all."""
     place = small.start(recipe)
     engine = engine_of(recipe, place)
-    now, done = [0], [0]
+    step, passes = 0, 0
 
-    def when() -> bool:
-        done[0] += now[0] == bad_step
-        return now[0] == bad_step and done[0] <= times
+    def count() -> None:
+        nonlocal passes
+        passes += step == bad_step
 
-    spoil(engine, when)
+    engine.before_step = count
+    spoil(engine, name, lambda: step == bad_step and passes < times)
     folder.mkdir(parents=True, exist_ok=True)
     steps = Steps(engine, FaultLog(folder, lambda _: None))
     results = []
     for step in range(6):
         if step != left_out:
-            now[0] = step
-            results.append(steps.step(small.batches(recipe, step, place.dp_rank, place.dp), step, 3e-3))
-    weights = {name: parameter.detach().clone() for name, parameter in engine.chunks.named_parameters()}
-    events = folder / "faults.jsonl"
-    return results, weights, [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
+            batches = small.batches(recipe, step, place.dp_rank, place.dp)
+            results.append(steps.step(batches, step, 3e-3 / (1 + step)))
+    dist.barrier()
+    state = {n: t.clone() for n, t in engine.chunks.state_dict().items() if torch.is_tensor(t)}
+    events = [(event["kind"], event["step"], event["message"]) for event in read_faults(folder)]
+    return Trained(results, state, steps.skipped_in_a_row, events)
 
 
-def same(ours: Any, theirs: Any) -> bool:
-    return ours[1].keys() == theirs[1].keys() and all(torch.equal(ours[1][name], theirs[1][name]) for name in theirs[1])
+def assert_same(ours: Trained, theirs: Trained) -> None:
+    """To the bit."""
+    for mine, other in zip(ours.results, theirs.results, strict=True):
+        for field in fields(StepResult):
+            of_mine, of_other = getattr(mine, field.name), getattr(other, field.name)
+            assert torch.equal(of_mine, of_other) if torch.is_tensor(of_mine) else of_mine == of_other, field.name
+    assert ours.state.keys() == theirs.state.keys()
+    for name, value in theirs.state.items():
+        assert torch.equal(ours.state[name], value), name
+
+
+# Everything that a step draws or moves: dropout, router noise and biases; masks, scales and histories.
+RANDOM = {"model": {"hidden_dropout": 0.1}, "moe": {"jitter": 0.05, "bias_update_rate": 0.01}}
+EXPERTS = [r"\.mlp\.experts"]
+POOLED = {"selector": "pooled", "block_size": 4, "blocks": 4, "dense_start": 0.05, "ramp": 0.15}
+AST = {"method": "ast", "decay": 0.02, "boost": 4, "score": "wanda", "refresh_interval": 1}
+ONCE: dict[str, tuple[int, str, dict[str, Any]]] = {  # processes, the weight that is spoilt, recipe
+    "fp32": (1, "", {}),
+    "zero0": (1, "", {"parallel": {"zero_stage": 0}}),
+    "zero2": (1, "", {"parallel": {"zero_stage": 2}}),
+    "bf16": (1, "", {"training": {"precision": "bf16"}}),
+    "fp8": (1, "", {"training": {"fp8": {"recipe": "delayed", "amax_history_len": 3}}}),
+    "blocks": (1, "", {"model": {**RANDOM["model"], "sparse_attention": POOLED}}),
+    "first masks": (1, "", {"sparsity": {"weights": {**AST, "dense_start": 0.15}}}),
+    "ep2, S-STE": (
+        2,
+        "experts",
+        {
+            "parallel": {"ep": 2},
+            "sparsity": {"weights": {"method": "s_ste", "targets": EXPERTS, "refresh_interval": 1}},
+        },
+    ),
+    "dp2, zero0": (2, "experts", {"parallel": {"zero_stage": 0}}),
+    "tp2": (2, "layernorm", {"parallel": {"tp": 2}}),
+    "tp2, zero0": (2, "layernorm", {"parallel": {"tp": 2, "zero_stage": 0}}),
+    "pp2, tied": (2, "output_layer", {"parallel": {"pp": 2}, "model": {**RANDOM["model"], "tie_embeddings": True}}),
+}
+
+
+@pytest.mark.parametrize("case", ONCE)
+def test_a_nan_that_comes_once_leaves_no_trace(case: str, tmp_path: Path) -> None:
+    """On one rank, also where others hold copies of that weight."""
+    world, name, sections = ONCE[case]
+    recipe = small.recipe(**{**RANDOM, **sections})
+    calm = run_distributed(trained, world, recipe, tmp_path / "calm", name, None, 0)
+    disturbed = run_distributed(trained, world, recipe, tmp_path / "disturbed", name, 3, 1)
+    for ours, theirs in zip(disturbed, calm, strict=True):
+        assert_same(ours, theirs)
+        assert theirs.events == []
+        said = "the gradient norm was not finite the first time; done again it was good"
+        assert ours.events == [("retried", 4, said)]
+    if "sparsity" in sections:  # the bad step is one in which masks are made, with "first masks" for the first time
+        assert ("flip_rate" in calm[0].results[3].sparsity) == (case != "first masks")
+        assert {"mass_kept"} <= calm[0].results[3].sparsity.keys()
+        assert sum(result.sparsity.get("flip_rate", 0.0) for result in calm[0].results) > 0
 
 
 @pytest.mark.parametrize(
-    ("training", "parallel", "more"),
-    [({}, {}, {}), ({}, {"zero_stage": 0}, {}), ({"precision": "bf16"}, {}, {}), ({}, {"ep": 2}, S_STE)],
-    ids=["fp32", "zero0", "bf16", "ep2 and S-STE"],
+    "sections",
+    [{}, {"parallel": {"zero_stage": 0}}, {"training": {"precision": "bf16"}}, {"faults": {"retry": False}}],
+    ids=["fp32", "zero0", "bf16", "no retry"],
 )
-def test_a_nan_that_comes_once_leaves_no_trace(
-    training: dict[str, Any], parallel: dict[str, Any], more: dict[str, Any], tmp_path: Path
-) -> None:
-    recipe = small.recipe(**RANDOM, training=training, parallel=parallel, **more)
-    world = 2 if parallel.get("ep") else 1
-    calm = run_distributed(trained, world, recipe, tmp_path / "calm", None, 0)
-    disturbed = run_distributed(trained, world, recipe, tmp_path / "disturbed", 3, 1)
-    for ours, theirs in zip(disturbed, calm, strict=True):
-        for mine, other in zip(ours[0], theirs[0], strict=True):
-            for name in ("loss", "grad_norm", "aux_losses", "sparsity", "skipped"):
-                assert getattr(mine, name) == getattr(other, name), name
-            assert torch.equal(mine.expert_tokens, other.expert_tokens)
-        assert same(ours, theirs)
-    assert calm[0][2] == []
-    (event,) = disturbed[0][2]
-    assert (event["kind"], event["step"]) == ("retried", 4)
-    assert event["message"] == "the gradient norm was not finite the first time; done again it was good"
+def test_a_nan_that_stays_is_skipped_as_if_that_batch_were_not_there(sections: dict[str, Any], tmp_path: Path) -> None:
+    recipe = small.recipe(**{"moe": {"bias_update_rate": 0.01}, **sections})  # nothing random: the other draws less
+    (skipped,) = run_distributed(trained, 1, recipe, tmp_path / "skipped", "", 3, 99)
+    (reference,) = run_distributed(trained, 1, recipe, tmp_path / "reference", "", None, 0, 3)
+    assert skipped.results[3].skipped
+    assert_same(replace(skipped, results=skipped.results[:3] + skipped.results[4:]), reference)
+    assert skipped.events == [("skipped", 4, "the gradient norm was not finite; skipped")]
+    assert (skipped.skipped_in_a_row, reference.events) == (0, [])
 
 
-def test_a_nan_that_stays_is_skipped_as_if_that_batch_were_not_there(tmp_path: Path) -> None:
-    recipe = small.recipe(moe={"bias_update_rate": 0.01})  # nothing random: the other run draws less
-    (skipped,) = run_distributed(trained, 1, recipe, tmp_path / "skipped", 3, 99)
-    (reference,) = run_distributed(trained, 1, recipe, tmp_path / "reference", None, 0, 3)
-    assert [result.skipped for result in skipped[0]] == [False, False, False, True, False, False]
-    losses = [result.loss for result in skipped[0]]
-    assert losses[:3] + losses[4:] == [result.loss for result in reference[0]]
-    assert same(skipped, reference)
-    (event,) = skipped[2]
-    assert (event["kind"], event["step"], event["message"]) == (
-        "skipped",
-        4,
-        "the gradient norm was not finite; skipped",
-    )
+def test_without_retry_what_comes_once_is_skipped(tmp_path: Path) -> None:
+    recipe = small.recipe(faults={"retry": False})
+    (skipped,) = run_distributed(trained, 1, recipe, tmp_path, "", 5, 1)
+    assert [kind for kind, _, _ in skipped.events] == ["skipped"]
+    assert skipped.skipped_in_a_row == 1
+
+
+def test_the_search_for_a_loss_scale_is_no_event(tmp_path: Path) -> None:
+    """What is not finite in fp16 is skipped at once, counted, and the scale falls, from the second time on."""
+    (found,) = run_distributed(trained, 1, small.recipe(training={"precision": "fp16"}), tmp_path, "", 5, 1)
+    assert found.results[5].skipped
+    assert found.skipped_in_a_row == 1 + sum(result.skipped for result in found.results[4:5])
+    assert found.events == []
 
 
 def spiked(recipe: Recipe, folder: Path) -> tuple[list[bool], list[float]]:
@@ -156,46 +214,95 @@ def test_limits_by_hand() -> None:
     assert Spikes(Faults()).state() == {}
 
 
-def diverging(recipe_file: Path, run_dir: Path, overrides: list[str], ends: bool) -> None:
-    """A run whose steps 7 and 8 are spoilt by weights that went bad after step 5; the first time only, if it ends."""
-    from megasparse.config import load_recipe
-    from megasparse.train import train
+def test_a_record_that_cannot_be_written_is_said(single: topology.Topology, tmp_path: Path) -> None:
+    said: list[str] = []
+    FaultLog(tmp_path / "gone", said.append).note("retried", "it was good", 7)
+    assert said == [
+        f"could not note in {tmp_path / 'gone' / 'faults.jsonl'}: No such file or directory",
+        "step 7: it was good",
+    ]
 
-    whole_step, spoilt = Engine.train_step, [0]
+
+def diverging(recipe_file: Path, run_dir: Path, overrides: list[str], times: int) -> str | None:
+    """A run whose step 7 is spoilt so many times, by weights that go bad on the last rank: so are those after it. What
+    it ends with, if with an error."""
+    whole_step, spoilt = Engine.train_step, 0
 
     def train_step(engine: Engine, batches: Any, step: int, *rest: Any, **options: Any) -> StepResult:
-        if step == 6 and not options.get("again") and (spoilt[0] == 0 or not ends):
-            spoilt[0] += 1
+        nonlocal spoilt
+        if step == 6 and not options.get("again") and spoilt < times and dist.get_rank() == dist.get_world_size() - 1:
+            spoilt += 1
             engine.chunks[0].embedding.word_embeddings.weight.data[:, 0] = math.nan  # type: ignore[union-attr]
         return whole_step(engine, batches, step, *rest, **options)
 
-    Engine.train_step = train_step  # type: ignore[method-assign]
-    try:
-        train(load_recipe(recipe_file, overrides), run_dir)
-    finally:
-        Engine.train_step = whole_step  # type: ignore[method-assign]
-        topology.leave()
+    with mock.patch.object(Engine, "train_step", train_step):
+        try:
+            train(load_recipe(recipe_file, overrides), run_dir)
+        except ValueError as error:
+            return str(error)
+    return None
 
 
-def test_back_to_the_last_checkpoint(tmp_path: Path, corpus: Path) -> None:
-    from megasparse.metrics.record import read_faults, read_metrics
-    from tests.test_train import run, write_recipe
+BACK = ["faults.max_skipped_steps=2", "faults.max_rollbacks=1"]
 
-    path = write_recipe(tmp_path, corpus)
-    assert run("train", path, "--run-dir", tmp_path / "calm").returncode == 0
-    overrides = ["faults.max_skipped_steps=2", "faults.max_rollbacks=1"]
-    run_distributed(diverging, 1, path, tmp_path / "back", overrides, True)
-    calm, back = (
-        [{k: v for k, v in record.items() if k != "timing"} for record in read_metrics(tmp_path / name)]
-        for name in ("calm", "back")
-    )
-    assert back == calm
-    faults = read_faults(tmp_path / "back")
+
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [
+        (1, []),
+        (2, ["parallel.ep=2", "training.async_save=true", "faults.spike_deviations=9", "faults.spike_window=8"]),
+    ],
+    ids=["one process", "two, and saved beside the run"],
+)
+def test_back_to_the_last_checkpoint(processes: int, overrides: list[str], tmp_path: Path, corpus: Path) -> None:
+    path, calm, back = write_recipe(tmp_path, corpus), tmp_path / "calm", tmp_path / "back"
+    assert run("train", path, *overrides, "--run-dir", calm, processes=processes).returncode == 0
+    errors = run_distributed(diverging, processes, path, back, [*overrides, *BACK], 1)
+    assert errors == [None] * processes
+    assert without_timing(back) == without_timing(calm)
+    assert [record["step"] for record in read_metrics(back)] == list(range(1, 13))
+    faults = read_faults(back)
     assert [(fault["kind"], fault["step"]) for fault in faults] == [("skipped", 7), ("skipped", 8), ("rollback", 8)]
-    assert "2 steps in a row" in faults[-1]["message"]
-    assert faults[-1]["message"].endswith("back to step_4")
-    with pytest.raises(AssertionError, match=r"2 steps in a row had .*last step 8: .*raise faults.max_rollbacks=1"):
-        run_distributed(diverging, 1, path, tmp_path / "not", overrides, False)
+    assert faults[-1]["message"] == (
+        "2 steps in a row had a loss or gradient norm that was not finite or spiked, last step 8: back to step_4"
+    )
+    assert latest(back / "checkpoints") == back / "checkpoints" / "step_12"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kinds", "said"),
+    [
+        (BACK, ["skipped"] * 2 + ["rollback"] + ["skipped"] * 2, "last step 8: lower optimizer.lr="),
+        (BACK[:1], ["skipped"] * 2, "last step 8: lower optimizer.lr="),
+        (
+            [*BACK, "training.save_interval=0"],
+            ["skipped"] * 2,
+            "last step 8; there is no checkpoint before them: lower optimizer.lr=",
+        ),
+    ],
+    ids=["twice", "not wanted", "no checkpoint"],
+)
+def test_a_run_ends_when_it_cannot_go_back(
+    overrides: list[str], kinds: list[str], said: str, tmp_path: Path, corpus: Path
+) -> None:
+    (error,) = run_distributed(diverging, 1, write_recipe(tmp_path, corpus), tmp_path / "run", overrides, 9)
+    assert "2 steps in a row had a loss or gradient norm that was not finite" in error
+    assert said in error
+    assert f"raise faults.max_rollbacks={int('faults.max_rollbacks=1' in overrides)}, or resume" in error
+    assert [fault["kind"] for fault in read_faults(tmp_path / "run")] == kinds
+
+
+def test_what_counts_as_a_spike_is_in_the_checkpoint(tmp_path: Path, corpus: Path) -> None:
+    """Resumed, the same steps are skipped as if the run had not ended."""
+    path, folder = write_recipe(tmp_path, corpus, steps=16), tmp_path / "run"
+    spikes = ["faults.spike_deviations=0.5", "faults.spike_window=8", "training.keep_checkpoints=4"]
+    assert run("train", path, *spikes, "--run-dir", folder).returncode == 0
+    whole, faults = without_timing(folder), read_faults(folder)
+    assert any("skipped" in record for record in whole[8:])
+    assert run("train", path, *spikes, "--run-dir", folder, "--resume", "--checkpoint", "step_8").returncode == 0
+    assert without_timing(folder) == whole
+    again = [(fault["step"], fault["message"]) for fault in read_faults(folder)[len(faults) :]]
+    assert again == [(fault["step"], fault["message"]) for fault in faults if fault["step"] > 8]
 
 
 def corrupted(recipe_file: Path, run_dir: Path, overrides: list[str]) -> None:
@@ -238,6 +345,4 @@ def test_silent_corruption_ends_a_run_before_it_is_saved(
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.test_train import make_corpus
-
     return make_corpus(tmp_path_factory.mktemp("corpus"))

@@ -83,7 +83,7 @@ def known_gradients(raw: dict[str, Any]) -> tuple[float, dict[str, float]]:
     loss.backward()
     engine._finalize_gradients(None)
     engine._norm = engine.fragments.gradient_norm()
-    engine._clip_and_step(finite=True)
+    engine._clip_and_step(good=True)
     moments = {"w1": 0.0, "w3": 0.0, "others": 0.0}
     for fragment in engine.fragments:
         name = fragment.weight.name
