@@ -214,7 +214,13 @@ def test_on_a_terminal_until_ctrl_c(tmp_path: Path):
     """A run that starts while the monitor looks, in a pseudo-terminal."""
     main, side = os.openpty()
     command = [sys.executable, "-m", "megasparse", "monitor", str(tmp_path / "run"), "--interval", "0.1"]
-    process = subprocess.Popen(command, stdout=side, stderr=side, env={**os.environ, "COLUMNS": "120", "TERM": "xterm"})
+    process = subprocess.Popen(
+        command,
+        stdout=side,
+        stderr=side,
+        env={**os.environ, "COLUMNS": "120", "TERM": "xterm"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs ignore
+    )
     os.close(side)
     read_until(main, "no such folder yet")
     write(tmp_path / "run", range(1, 6))

@@ -41,7 +41,8 @@ def test_a_job_by_srun(tmp_path: Path) -> None:
         "#SBATCH --partition=gpu",
         "#SBATCH --account=me",
         f"run_dir='{tmp_path}/my run'",
-        "overrides=('data.sets.0.path=my data')",
+        f"#SBATCH --output='{tmp_path}/my run/slurm.out'",
+        f"run=({RECIPE} 'data.sets.0.path=my data')",
     ):
         assert line in script.splitlines()
     assert f'srun --kill-on-bad-exit=1 {sys.executable} -u -m "${{train[@]}}"' in script
@@ -65,29 +66,51 @@ def test_jobs_of_launchers(launcher: str, starts: str, tmp_path: Path) -> None:
 
 
 def test_an_array_has_a_run_a_line(tmp_path: Path) -> None:
-    lines = tmp_path / "lines.txt"
-    lines.write_text("# two rates\noptimizer.lr=1e-4\n\noptimizer.lr=2e-4 'name=two' # the usual\n")
-    script = written(tmp_path, "--nodes", 8, "--array", lines)
-    assert "#SBATCH --array=0-1\n" in script
-    assert "  0) overrides+=(optimizer.lr=1e-4) ;;\n" in script
-    assert "  1) overrides+=(optimizer.lr=2e-4 name=two) ;;\n" in script
-    assert (tmp_path / "my run" / "1").is_dir(), "for its output"
+    """Each with a recipe of its own; what is given on the command line goes for all and comes last."""
+    runs = tmp_path / "two rates.txt"
+    other = RECIPE.with_name("depth_1b.yaml")
+    runs.write_text(f"# two rates\n{RECIPE} optimizer.lr=1e-4\n\n{other} optimizer.lr=2e-4 'name=two' # the usual\n")
+    done = submit(runs, "--nodes", 1, "--run-dir", tmp_path / "runs", "--write-only", "training.seed=3")
+    assert done.returncode == 0, done.stderr
+    script = tmp_path / "runs" / "job.sbatch"
+    assert done.stdout == f"two rates: ep8dp8, dp8 on 1 x 8 processes by srun; {script}\n"
+    subprocess.run(["bash", "-n", script], check=True)
+    for line in (
+        "#SBATCH --job-name='two rates'",
+        "#SBATCH --array=0-1",
+        f"#SBATCH --output={tmp_path}/runs/%a/slurm.out",
+        f"  0) run=({RECIPE} optimizer.lr=1e-4 training.seed=3) ;;",
+        f"  1) run=({other} optimizer.lr=2e-4 name=two training.seed=3) ;;",
+    ):
+        assert line in script.read_text().splitlines()
+    assert (tmp_path / "runs" / "1").is_dir(), "for its output"
+
+
+def test_the_ablation_can_be_submitted(tmp_path: Path) -> None:
+    ablation = RECIPE.with_name("ablation.txt")
+    done = submit(ablation, "--nodes", 1, "--run-dir", tmp_path, "--write-only")
+    assert done.returncode == 0, done.stderr
+    number = len(ablation.read_text().splitlines())
+    assert f"#SBATCH --array=0-{number - 1}\n" in (tmp_path / "job.sbatch").read_text()
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n")
     wrong = tmp_path / "wrong.txt"
-    wrong.write_text("optimizer.lr=1e-4\nparallel.tp=3\n")
+    wrong.write_text(f"{RECIPE} optimizer.lr=1e-4\n{RECIPE} parallel.tp=3\n")
+    bare = tmp_path / "bare.txt"
+    bare.write_text("optimizer.lr=1e-4\n")
     for arguments, message in (
-        (["--nodes", 1, "parallel.tp=3"], "error: layout "),
-        (["--nodes", 8, "--array", wrong], "error: layout "),
-        (["--nodes", 8, "--array", empty], f"error: --array {empty}: it has no line with overrides"),
-        (["--nodes", 8, "--array", tmp_path / "none"], f"error: --array {tmp_path / 'none'}: there is no such file"),
-        (["--processes-per-node", 4], "error: --processes-per-node 4 with --gpus-per-node 8"),
-        (["model.num_layer=3"], f"error: {RECIPE}: model.num_layer: unknown key"),
+        ([RECIPE, "--nodes", 1, "parallel.tp=3"], "error: layout "),
+        ([wrong, "--nodes", 8], f"error: {wrong}, line 2: layout "),
+        ([empty, "--nodes", 8], f"error: {empty}: it has no line with a recipe"),
+        ([bare, "--nodes", 8], f"error: {bare}, line 1: no recipe at optimizer.lr=1e-4"),
+        ([tmp_path / "none.txt", "--nodes", 8], f"error: {tmp_path / 'none.txt'}: there is no such file"),
+        ([RECIPE, "--processes-per-node", 4], "error: --processes-per-node 4 with --gpus-per-node 8"),
+        ([RECIPE, "model.num_layer=3"], f"error: {RECIPE}: model.num_layer: unknown key"),
     ):
-        done = submit(RECIPE, "--run-dir", tmp_path / "run", *arguments)
+        done = submit(*arguments, "--run-dir", tmp_path / "run")
         assert done.returncode == 1
         assert done.stderr.startswith(message), done.stderr
         assert done.stderr.count("\n") == 1

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from megasparse.metrics.record import read_faults, read_metrics
-from tests.cluster.conftest import (
-    STEPS,
+from tests.cluster.conftest import STEPS
+from tests.cluster.jobs import (
     job_field,
     kinds,
     metrics,
@@ -43,12 +43,14 @@ def test_every_launcher_starts_the_same_run(
 
 
 def test_an_array_is_a_run_a_line(recipe: Path, tmp_path: Path) -> None:
-    (tmp_path / "lines").write_text("training.seed=1\ntraining.seed=2\n")
-    run_dir = tmp_path / "runs"
-    job = submit(recipe, run_dir, "--nodes", 1, "--array", tmp_path / "lines", "training.steps=4", "parallel.ep=1")
+    """In a folder whose name has a space."""
+    runs = tmp_path / "two seeds.txt"
+    runs.write_text(f"{recipe} training.seed=1\n{recipe} training.seed=2\n")
+    run_dir = tmp_path / "the runs"
+    job = submit(runs, run_dir, "--nodes", 1, "training.steps=4", "parallel.ep=1")
     wait_for(lambda: not slurm("squeue", "-h", "-j", job).strip(), 90, lambda: output(run_dir))
     losses = [[record["loss"] for record in metrics(run_dir / str(index))] for index in range(2)]
-    assert [len(of_run) for of_run in losses] == [4, 4]
+    assert [len(of_run) for of_run in losses] == [4, 4], output(run_dir)
     assert losses[0] != losses[1]
 
 

@@ -1,6 +1,7 @@
 """Submit a recipe to Slurm: checks the layout against nodes x GPUs, writes the job, submits it, says what it did.
 
-    python tools/slurm/submit.py examples/hopper/mixtral-8x7b.yaml --nodes 16 --gpus-per-node 8 --time 24:00:00
+    python tools/slurm/submit.py examples/hopper/mixtral_8x7b.yaml --nodes 16 --gpus-per-node 8 --time 24:00:00
+    python tools/slurm/submit.py examples/hopper/ablation.txt            an array of jobs, a run a line
 
 The job saves before its time limit and when it is preempted, goes back into the queue and on from there. What a site
 needs (partition, account, network) is given by --option and by the environment: Slurm passes it on.
@@ -35,7 +36,14 @@ class Launcher(str, Enum):
 
 
 def submit(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; examples/ has some.", show_default=False)],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML file; or a .txt file with a recipe and values to change a line: an array of jobs, "
+            "in RUN_DIR/0, 1, ...",
+            show_default=False,
+        ),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Values to change, such as model.num_layers=4.", show_default=False)
     ] = None,
@@ -51,9 +59,6 @@ def submit(
     ] = 300,
     restarts: Annotated[int, typer.Option(min=0, help="How often a job that failed goes back into the queue.")] = 3,
     run_dir: Annotated[Path | None, typer.Option(help="Default: runs/ and the recipe's name.")] = None,
-    array: Annotated[
-        Path | None, typer.Option(help="File with overrides, a run a line: an array of jobs, in RUN_DIR/0, 1, ...")
-    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="More for sbatch, such as --partition=gpu. Can be given several times.")
     ] = None,
@@ -63,17 +68,25 @@ def submit(
     per_node = processes_per_node or gpus_per_node or 1
     if gpus_per_node and per_node != gpus_per_node:
         raise ValueError(f"--processes-per-node {per_node} with --gpus-per-node {gpus_per_node}: a process has one GPU")
-    lines = [[]] if array is None else read_array(array)
-    resolved = load_recipe(recipe, overrides)
-    runs = [load_recipe(recipe, [*(overrides or []), *line]) for line in lines]
-    layouts = dict.fromkeys(str(check_layout(run, nodes * per_node)) for run in runs)
-    folder = (run_dir or Path("runs") / resolved.name).resolve()
+    array = recipe.suffix == ".txt"
+    runs = read_array(recipe) if array else {"": [str(recipe)]}
+    recipes = []
+    for where, run in runs.items():
+        run += overrides or []
+        try:
+            recipes.append(load_recipe(Path(run[0]), run[1:]))
+            check_layout(recipes[-1], nodes * per_node)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from error
+    layouts = dict.fromkeys(str(check_layout(resolved, nodes * per_node)) for resolved in recipes)
+    name = recipe.stem if array else recipes[0].name
+    folder = (run_dir or Path("runs") / name).resolve()
     script = folder / "job.sbatch"
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(len(lines) if array else 0):
-        (folder / str(index)).mkdir(exist_ok=True)  # Slurm does not make a folder for its output
+    for index in range(len(runs) if array else 0):  # Slurm does not make a folder for its output
+        (folder / str(index)).mkdir(exist_ok=True)
     content = template().render(
-        name=resolved.name,
+        name=name,
         nodes=nodes,
         per_node=per_node,
         gpus=gpus_per_node > 0,
@@ -82,15 +95,14 @@ def submit(
         save_seconds=save_seconds,
         restarts=restarts,
         run_dir=str(folder),
-        recipe=str(recipe.resolve()),
-        overrides=overrides or [],
-        array=lines if array else [],
+        runs=[[str(Path(path).resolve()), *changes] for path, *changes in runs.values()],
+        array=array,
         options=option or [],
         python=sys.executable,
         bin=os.path.dirname(sys.executable),
     )
     write_atomic(script, content)
-    print(f"{resolved.name}: {', '.join(layouts)} on {nodes} x {per_node} processes by {launcher.value}; {script}")
+    print(f"{name}: {', '.join(layouts)} on {nodes} x {per_node} processes by {launcher.value}; {script}")
     if write_only:
         return
     if shutil.which("sbatch") is None:
@@ -99,21 +111,21 @@ def submit(
     if done.returncode:
         raise ValueError(f"sbatch refused {script}: {done.stderr.strip()}")
     job = done.stdout.strip().partition(";")[0]
-    each = f", {len(lines)} runs" if array else ""
+    each = f", {len(runs)} runs" if array else ""
     print(f"submitted as job {job}{each}; output: {folder / ('N/' if array else '')}/slurm.out".replace("//", "/"))
     print(
         f"save and go back into the queue: scancel --signal=USR1 {'' if launcher is Launcher.srun else '--batch '}{job}"
     )
 
 
-def read_array(path: Path) -> list[list[str]]:
-    """The overrides of each run: a line each, but for empty ones and comments."""
+def read_array(path: Path) -> dict[str, list[str]]:
+    """The recipe and the overrides of each run, by where it is said: a line each, but for empty ones and comments."""
     if not path.is_file():
-        raise ValueError(f"--array {path}: there is no such file")
+        raise ValueError(f"{path}: there is no such file")
     lines = [shlex.split(line, comments=True) for line in path.read_text().splitlines()]
-    found = [line for line in lines if line]
+    found = {f"{path}, line {number}: ": line for number, line in enumerate(lines, 1) if line}
     if not found:
-        raise ValueError(f"--array {path}: it has no line with overrides")
+        raise ValueError(f"{path}: it has no line with a recipe")
     return found
 
 
