@@ -222,13 +222,16 @@ def test_on_a_terminal_until_ctrl_c(tmp_path: Path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs ignore
     )
     os.close(side)
-    read_until(main, "no such folder yet")
-    write(tmp_path / "run", range(1, 6))
-    read_until(main, "5/20")
-    write(tmp_path / "run", range(6, 8))
-    read_until(main, "7/20")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 0
+    try:
+        read_until(main, "no such folder yet")
+        write(tmp_path / "run", range(1, 6))
+        read_until(main, "5/20")
+        write(tmp_path / "run", range(6, 8))
+        read_until(main, "7/20")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 0
+    finally:
+        process.kill()
 
 
 def read_until(terminal: int, wanted: str) -> None:

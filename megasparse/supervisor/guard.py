@@ -29,12 +29,14 @@ def guard(place: Launch, command: list[str]) -> int:
     """Run ``command`` as this rank and return the exit status to end with, the same on every rank.
 
     0 or RESUME if all ended so; else what the hub found: 2 for what the user can mend, 128 and the signal's number of a
-    rank that was killed, else 1."""
+    rank that was killed, else 1. torchrun, which starts again what ends with anything but 0, gets 0 in place of RESUME.
+    The run's folder has the status, whatever the launcher makes of it."""
     try:
-        return asyncio.run(_Guard(place, command).run())
+        status = asyncio.run(_Guard(place, command).run())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    return 0 if status == RESUME and place.launcher == "torchrun" else status
 
 
 class _Guard:

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ class Hub:
                 member.step = message["step"]
             case "run_dir":
                 self.run_dir = Path(message["path"])
+                (self.run_dir / "status").unlink(missing_ok=True)
                 (self.run_dir / "pid").write_text(f"{os.getpid()} {self.host}\n")  # for signals
             case "stacks":
                 self.stacks[member.rank] = message["text"]
@@ -112,8 +113,16 @@ class Hub:
     def _end_if_all_done(self) -> None:
         members = self.members.values()
         if len(members) == self.place.world_size and all(member.status is not None for member in members):
-            self._tell_all(encode("end", status=max(member.status or 0 for member in members)))
+            self._say_end(max(member.status or 0 for member in members))
             self.ended.set()
+
+    def _say_end(self, status: int) -> None:
+        """To all, and in the run's folder for who started a launcher: it may end with a status of its own."""
+        if self.run_dir is not None:
+            with self._noting(self.run_dir):
+                (self.run_dir / "pid").unlink(missing_ok=True)
+                (self.run_dir / "status").write_text(f"{status}\n")
+        self._tell_all(encode("end", status=status))
 
     def _tell_all(self, message: bytes) -> None:
         for member in self.members.values():
@@ -171,7 +180,7 @@ class Hub:
                 await asyncio.sleep(0.1)
             print(self._where(), file=sys.stderr, flush=True)
         self._record(cause)
-        self._tell_all(encode("end", status=cause.status))
+        self._say_end(cause.status)
         await asyncio.sleep(0.2)  # let it be sent
         self.ended.set()
 
@@ -200,12 +209,17 @@ class Hub:
         return "\n".join(["where they are:", *lines])
 
     def _record(self, cause: Failure) -> None:
-        if self.run_dir is None or cause.kind == "refused":
-            return
+        if self.run_dir is not None and cause.kind != "refused":
+            with self._noting(self.run_dir):
+                append_event(self.run_dir, cause.kind, cause.line(), cause.step, cause.rank, cause.host)
+
+    @contextlib.contextmanager
+    def _noting(self, run_dir: Path) -> Iterator[None]:
+        """The job ends where nothing can be written any more, too."""
         try:
-            append_event(self.run_dir, cause.kind, cause.line(), cause.step, cause.rank, cause.host)
+            yield
         except OSError as error:
-            print(f"could not note it in {self.run_dir}: {error.strerror}", file=sys.stderr, flush=True)
+            print(f"could not note it in {run_dir}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def root_cause(failures: list[Failure]) -> Failure:

@@ -54,14 +54,14 @@ def test_an_array_is_a_run_a_line(recipe: Path, tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("launcher", ["srun", "hostfile"])
+@pytest.mark.parametrize("launcher", ["srun", "hostfile", "no-ssh", "torchrun"])
 def test_usr1_saves_requeues_and_goes_on(
     launcher: str, recipe: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     job = submit(recipe, tmp_path, "--launcher", launcher)
     wait_for_step(tmp_path, 13)
     before = len(read_metrics(tmp_path))
-    slurm("scancel", "--signal=USR1", *(["--batch"] if launcher == "hostfile" else []), job)
+    slurm("scancel", "--signal=USR1", *([] if launcher == "srun" else ["--batch"]), job)
     wait_for(lambda: "signal" in kinds(tmp_path), 30, lambda: output(tmp_path))
     (stopped,) = read_faults(tmp_path)
     assert before <= stopped["step"] <= before + 2, "within a step, and the one that was recorded meanwhile"

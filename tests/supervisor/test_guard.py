@@ -35,8 +35,8 @@ while len(list(folder.glob("rank_*"))) < place.world_size:
 
 
 class Job:
-    def __init__(self, folder: Path, ranks: list[str], port: int | None = None) -> None:
-        """``ranks``: what each does, in Python."""
+    def __init__(self, folder: Path, ranks: list[str], port: int | None = None, local: str = "LOCAL_SIZE") -> None:
+        """``ranks``: what each does, in Python. ``local``: torchrun's name for it is LOCAL_WORLD_SIZE."""
         port = port or 20_000 + os.getpid() % 5000
         environment = {name: value for name, value in os.environ.items() if name != "MEGASPARSE_SUPERVISOR"}
         self.folder = folder
@@ -49,7 +49,7 @@ class Job:
                     "RANK": str(rank),
                     "WORLD_SIZE": str(len(ranks)),
                     "LOCAL_RANK": str(rank),
-                    "LOCAL_SIZE": str(len(ranks)),
+                    local: str(len(ranks)),
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 },
@@ -91,11 +91,21 @@ def test_all_end_well(tmp_path: Path) -> None:
     statuses, errors = job.wait()
     assert (statuses, errors) == ([0, 0], ["", ""])
     assert not read_faults(tmp_path)
+    assert (tmp_path / "status").read_text() == "0\n"
+    assert not (tmp_path / "pid").exists()
 
 
 def test_they_end_to_be_resumed(tmp_path: Path) -> None:
     job = Job(tmp_path, [f"sys.exit({RESUME})"] * 2)
     assert job.wait() == ([RESUME, RESUME], ["", ""])
+    assert (tmp_path / "status").read_text() == f"{RESUME}\n"
+
+
+def test_they_end_to_be_resumed_but_not_by_torchrun(tmp_path: Path) -> None:
+    """It would start them again at once."""
+    job = Job(tmp_path, [f"sys.exit({RESUME})"] * 2, local="LOCAL_WORLD_SIZE")
+    assert job.wait() == ([0, 0], ["", ""])
+    assert (tmp_path / "status").read_text() == f"{RESUME}\n", "for who started torchrun"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
@@ -106,6 +116,7 @@ def test_a_killed_rank_is_named(tmp_path: Path, number: signal.Signals) -> None:
     statuses, errors = job.wait()
     assert time.monotonic() - started < 15
     assert statuses == [128 + number] * 3
+    assert int((tmp_path / "status").read_text()) == 128 + number
     assert f"error: rank 1 on {os.uname().nodename} was killed by {number.name}" in errors[0]
     assert errors[2] == ""
     (fault,) = read_faults(tmp_path)

@@ -27,7 +27,10 @@ from rich.table import Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("srun", "hostfile", "no-ssh", "torchrun")
-SMALL = "model.num_layers=2 model.hidden_size=64 training.global_batch_size=4 data.seq_length=64 training.steps=100000"
+SMALL = (
+    "model.num_layers=2 model.hidden_size=64 data.seq_length=64 training.global_batch_size=4 "
+    "training.micro_batch_size=2 training.steps=100000"
+)
 
 
 def main(repeats: Annotated[int, typer.Option(min=1)] = 3) -> None:
@@ -58,14 +61,14 @@ def time_job(launcher: str, folder: Path) -> tuple[float, float]:
     told = time.monotonic()
     output_of(["scancel", "--signal=USR1", *([] if launcher == "srun" else ["--batch"]), job])
     ended = when(lambda: has(out, "ended with status 75"), out)
-    output_of(["scancel", job])  # it would go on
-    while output_of(["squeue", "-h"]).strip():
-        time.sleep(0.2)
+    while output_of(["squeue", "-h"]).strip():  # it would go on
+        output_of(["scancel", job])
+        time.sleep(1)
     return first - began, ended - told
 
 
 def output_of(command: list[str]) -> str:
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def has(file: Path, text: str) -> bool:
