@@ -7,6 +7,7 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megasparse.engine import Engine
@@ -21,14 +22,17 @@ def check_replicas(engine: Engine) -> str | None:
     """What differs, on the ranks that see it; None where all copies agree. Every rank calls it.
 
     Ranks that hold the same part of a weight have the same bits of it: dense weights over data and context parallelism,
-    experts over the ranks that hold the same, norms and routers over tensor parallelism, too. The masters and moments
-    that ZeRO splits have no copies."""
+    experts over the ranks that hold the same, norms and routers over tensor parallelism, too, and a tied embedding over
+    the first and the last pipeline stage. The masters and moments that ZeRO splits have no copies."""
     place = engine.topology
     weights = list(local_weights(engine.chunks, place))
     dense = [weight for weight in weights if not is_expert(weight.tensor)]
     whole = [weight for weight in dense if not getattr(weight.tensor, "tensor_model_parallel", False)]
     experts = [weight for weight in weights if is_expert(weight.tensor)]
-    sets = ((dense, place.replica_group), (whole, place.tp_group), (experts, place.expert_dp_group))
+    sets = [(dense, place.replica_group), (whole, place.tp_group), (experts, place.expert_dp_group)]
+    if engine.recipe.model.tie_embeddings and parallel_state.is_rank_in_embedding_group():
+        embedding = [weight for weight in dense if weight.name == "embedding.word_embeddings.weight"]
+        sets.append((embedding, parallel_state.get_embedding_group()))
     found = [_compare(group_weights, group) for group_weights, group in sets]
     return next(filter(None, found), None)
 

@@ -142,6 +142,8 @@ def train(recipe: Recipe, run_dir: Path, resume: bool = False, checkpoint_name: 
             if due(step, recipe.faults.check_replicas_interval) or (save and recipe.faults.check_replicas_interval):
                 refuse_differing(engine, faults, step)
             if save:
+                if saver.has_saved and not saver.folder.exists():
+                    faults.note("disk", f"{saver.folder} is gone, and the checkpoints with it: writing a new one", step)
                 saver.save(step, steps.spikes.state())
             beats.beat()
     saver.wait()

@@ -54,13 +54,15 @@ def checked(recipe: Any, kind: str, rank: int) -> tuple[str | None, str | None, 
                 return is_expert(weight.tensor)
             case "norm":
                 return "layernorm" in weight.name or "norm" in weight.name
+            case "tied":
+                return weight.name == "embedding.word_embeddings.weight"
             case _:
                 return "linear_proj.weight" in weight.name
 
-    chosen = next(weight for weight in local_weights(engine.chunks, place) if fits(weight))
-    if int(os.environ["RANK"]) == rank:
+    chosen = next((weight for weight in local_weights(engine.chunks, place) if fits(weight)), None)
+    if chosen is not None and int(os.environ["RANK"]) == rank:
         chosen.tensor.data.copy_(flipped(chosen.tensor.data, 5, 3))
-    return before, check_replicas(engine), chosen.name
+    return before, check_replicas(engine), "" if chosen is None else chosen.name
 
 
 @pytest.mark.parametrize(
@@ -71,11 +73,13 @@ def checked(recipe: Any, kind: str, rank: int) -> tuple[str | None, str | None, 
         ({"tp": 2, "sequence_parallel": True}, 2, "norm", 1, {0, 1}),
         ({"ep": 2}, 4, "expert", 2, {0, 2}),
         ({"pp": 2}, 4, "dense", 3, {2, 3}),
+        ({"pp": 3}, 3, "tied", 2, {0, 2}),
     ],
-    ids=["dp3", "zero0", "tp2", "experts", "pp2"],
+    ids=["dp3", "zero0", "tp2", "experts", "pp2", "tied"],
 )
 def test_one_flipped_bit(parallel: dict[str, Any], world: int, kind: str, rank: int, seen_by: set[int]) -> None:
-    recipe = small.recipe(moe={}, training={"global_batch_size": 24}, parallel=parallel)
+    model = {"tie_embeddings": True, "num_layers": 3} if kind == "tied" else {}
+    recipe = small.recipe(model, moe={}, training={"global_batch_size": 24}, parallel=parallel)
     results = run_distributed(checked, world, recipe, kind, rank)
     assert [before for before, _, _ in results] == [None] * world
     after = {number: found for number, (_, found, _) in enumerate(results) if found}

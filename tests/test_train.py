@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from megasparse import cli, supervisor
+from megasparse import cli, platform, supervisor
 from megasparse.checkpoint.folder import read_manifest
 from megasparse.config import load_recipe
 from megasparse.data.loader import Batch
@@ -28,7 +28,7 @@ from megasparse.data.prepare import PrepareConfig, prepare
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.engine import Engine
 from megasparse.metrics.log import MetricsLogger
-from megasparse.metrics.record import read_metrics
+from megasparse.metrics.record import read_faults, read_metrics
 from megasparse.train import train
 from tests.helpers import run_distributed
 
@@ -456,6 +456,7 @@ def test_a_disk_that_is_full_is_one_line(file: str, tmp_path: Path, corpus: Path
 
 
 def on_a_bad_disk(recipe: Path, run_dir: Path, file: str) -> tuple[int, str]:
+    platform.activate()  # it says once that there is no CUDA
     step_of_the_engine = Engine.train_step
 
     def train_step(engine: Engine, batches: list[Batch], step: int, *rest: Any, **options: Any) -> Any:
@@ -463,6 +464,32 @@ def on_a_bad_disk(recipe: Path, run_dir: Path, file: str) -> tuple[int, str]:
             os.dup2(os.open("/dev/full", os.O_WRONLY), next(own_descriptors(run_dir / file)))
         if step == 2 and file == "checkpoints":
             (run_dir / file).touch()  # where the folder should be
+        return step_of_the_engine(engine, batches, step, *rest, **options)
+
+    with mock.patch.object(Engine, "train_step", train_step):
+        done = command_line(["train", str(recipe), "--run-dir", str(run_dir)])
+    return done.returncode, done.stderr
+
+
+def test_checkpoints_that_are_gone_are_written_anew(tmp_path: Path, corpus: Path) -> None:
+    """Nothing is lost as long as the run lives, and it says so."""
+    recipe = write_recipe(tmp_path, corpus, steps=8, save_interval=3)
+    ((code, errors),) = run_distributed(losing_its_checkpoints, 1, recipe, tmp_path / "run")
+    assert (code, errors) == (0, "")
+    (event,) = read_faults(tmp_path / "run")
+    assert (event["kind"], event["step"]) == ("disk", 6)
+    assert event["message"].startswith(f"{tmp_path / 'run' / 'checkpoints'} is gone")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["latest", "step_6", "step_8"]
+
+
+def losing_its_checkpoints(recipe: Path, run_dir: Path) -> tuple[int, str]:
+    platform.activate()  # it says once that there is no CUDA
+    step_of_the_engine = Engine.train_step
+
+    def train_step(engine: Engine, batches: list[Batch], step: int, *rest: Any, **options: Any) -> Any:
+        if step == 4:
+            shutil.rmtree(run_dir / "checkpoints")
         return step_of_the_engine(engine, batches, step, *rest, **options)
 
     with mock.patch.object(Engine, "train_step", train_step):

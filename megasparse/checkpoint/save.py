@@ -46,11 +46,13 @@ class Saver:
         self._group = topology.background_group(WRITE_TIMEOUT)
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
+        self.has_saved = False  # so that there should be checkpoints
 
     def save(self, step: int, faults: dict[str, Any] | None = None) -> None:
         """Save the state after ``step`` optimizer steps, with what the manifest says of ``faults``. ValueError, on
         every rank, if it cannot be written."""
         self.wait()
+        self.has_saved = True
         engine, recipe = self.engine, self.engine.recipe
         state = {**tensors(engine, copies=False), **random_state(dist.get_rank())}
         manifest = {
