@@ -38,7 +38,8 @@ class Job:
     def __init__(self, folder: Path, ranks: list[str], port: int | None = None, local: str = "LOCAL_SIZE") -> None:
         """``ranks``: what each does, in Python. ``local``: torchrun's name for it is LOCAL_WORLD_SIZE."""
         port = port or 20_000 + os.getpid() % 5000
-        environment = {name: value for name, value in os.environ.items() if name != "MEGASPARSE_SUPERVISOR"}
+        ours = ("MEGASPARSE_SUPERVISOR", "LOCAL_SIZE")  # of a test that was a rank itself
+        environment = {name: value for name, value in os.environ.items() if name not in ours}
         self.folder = folder
         self.ranks = [
             subprocess.Popen(
@@ -62,7 +63,11 @@ class Job:
 
     def wait(self) -> tuple[list[int], list[str]]:
         """Exit statuses, and what each wrote to stderr."""
-        errors = [rank.communicate(timeout=60)[1] for rank in self.ranks]
+        try:
+            errors = [rank.communicate(timeout=60)[1] for rank in self.ranks]
+        finally:
+            for rank in self.ranks:
+                rank.kill()
         return [rank.returncode for rank in self.ranks], errors
 
     def pid(self, rank: int) -> int:
