@@ -177,13 +177,16 @@ class _Guard:
         reader, writer = await self._connect()
         if writer is None:
             return
-        writer.write(encode("hello", rank=self.place.rank, host=self.host))
+        writer.write(encode("hello", rank=self.place.rank, host=self.host, world_size=self.place.world_size))
         beside = [self._spawn(self._send(writer)), self._spawn(self._watch_hub())]
         while (message := await read(reader)) is not None:
             self.hub_heard = time.monotonic()
             match message["say"]:
                 case "heard":
                     self.answer.write(b"\n")
+                case "stranger":
+                    print(f"error: {_at(self.address)} is another job's: set another MASTER_PORT", file=sys.stderr)
+                    self._end(2)
                 case "stacks":
                     self.hung = True  # what comes after is no news
                     self._spawn(self._say_where())
@@ -219,16 +222,18 @@ class _Guard:
 
     def _lost(self, what: str) -> None:
         """No hub to print it."""
-        address, port = self.address
         if self.said is not None:
             print(f"{self.said['traceback']}{self.said['message']}", file=sys.stderr, flush=True)
         print(
-            f"error: rank 0 (MASTER_ADDR={address}, supervisor's port {port}) {what}; rank {self.place.rank} on "
-            f"{self.host} ends",
+            f"error: rank 0 ({_at(self.address)}) {what}; rank {self.place.rank} on {self.host} ends",
             file=sys.stderr,
             flush=True,
         )
         self._end(1)
+
+
+def _at(address: tuple[str, int]) -> str:
+    return f"MASTER_ADDR={address[0]}, supervisor's port {address[1]}"
 
 
 def _end_with_parent() -> Callable[[], None]:

@@ -82,7 +82,8 @@ class Hub:
 
     async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         first = await read(reader)
-        if first is None or first["say"] != "hello":
+        if first is None or not self._is_ours(first):
+            writer.write(encode("stranger"))
             writer.close()
             return
         member = Member(first["rank"], first["host"], writer, time.monotonic())
@@ -92,6 +93,11 @@ class Hub:
             self._hear(member, message)
         if member.status is None and not self._failed(member.rank):
             self._fail(Failure("lost", member.rank, member.host, GONE, step=member.step))
+
+    def _is_ours(self, first: dict[str, Any]) -> bool:
+        """Neither a port scanner nor a rank of another job that was given the same port."""
+        here = first.get("say") == "hello" and first.get("world_size") == self.place.world_size
+        return here and first.get("rank") not in self.members
 
     def _hear(self, member: Member, message: dict[str, Any]) -> None:
         match message.pop("say"):

@@ -41,12 +41,13 @@ def failure(failed: Failure) -> bytes:
 
 
 async def read(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next message; None when the other side is gone."""
+    """The next message; None when the other side is gone, or does not talk as we do."""
     try:
         line = await reader.readline()
-        return json.loads(line) if line.endswith(b"\n") else None
-    except (OSError, ValueError):  # reset, or no message of ours
+        message = json.loads(line) if line.endswith(b"\n") else None
+    except (OSError, ValueError):
         return None
+    return message if isinstance(message, dict) else None
 
 
 def signal_name(number: int) -> str:

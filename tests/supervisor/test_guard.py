@@ -284,3 +284,20 @@ def test_no_supervisor_on_request() -> None:
         [sys.executable, "-c", program], env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [str(os.getpid()), "False", "False"]
+
+
+def test_two_jobs_with_one_port(tmp_path: Path) -> None:
+    """The second cannot start, and the first goes on."""
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    port = 26_000 + os.getpid() % 2000
+    first = Job(tmp_path / "first", ["time.sleep(6)"] * 2, port)
+    first.pid(0)
+    second = Job(tmp_path / "second", [WAIT, WAIT], port)
+    statuses, errors = second.wait()
+    assert statuses == [2, 2]
+    assert "cannot listen on port" in errors[0]
+    assert errors[1] == (
+        f"error: MASTER_ADDR=127.0.0.1, supervisor's port {port + 1} is another job's: set another MASTER_PORT\n"
+    )
+    assert first.wait() == ([0, 0], ["", ""])

@@ -70,7 +70,7 @@ async def until_over(world: int, hello: list[int]) -> Failure:
     await center.start(spawn)
     for rank in hello:
         _, writer = await asyncio.open_connection("127.0.0.1", center.port)
-        writer.write(encode("hello", rank=rank, host=f"n{rank}"))
+        writer.write(encode("hello", rank=rank, host=f"n{rank}", world_size=world))
         tasks.add(writer)
     await asyncio.wait_for(center.ended.wait(), 20)
     center.server.close()
@@ -103,7 +103,7 @@ async def of_many(world: int) -> tuple[float, set[int]]:
     members = []
     for rank in range(world):
         reader, writer = await asyncio.open_connection("127.0.0.1", center.port)
-        writer.write(encode("hello", rank=rank, host=f"n{rank // 8}"))
+        writer.write(encode("hello", rank=rank, host=f"n{rank // 8}", world_size=world))
         members.append((reader, writer))
     while len(center.members) < world:
         await asyncio.sleep(0.01)
@@ -130,3 +130,37 @@ def test_a_thousand_ranks_are_told_at_once(capsys: pytest.CaptureFixture[str]) -
     assert statuses == {137}
     assert seconds < hub.GATHER_SECONDS + 5
     assert "error: rank 7 on n0 was killed by SIGKILL" in capsys.readouterr().err
+
+
+async def with_strangers(lines: list[bytes]) -> tuple[list[bytes], list[Failure], set[int]]:
+    """A job of two ranks of which one has joined, and others that send ``lines`` to its port: the answers."""
+    tasks: set[Any] = set()
+    center = Hub(Launch("srun", 0, 2, 0, 2, "127.0.0.1", 0), "n1")
+    await center.start(lambda part: tasks.add(asyncio.create_task(part)))
+    _, ours = await asyncio.open_connection("127.0.0.1", center.port)
+    ours.write(encode("hello", rank=1, host="n2", world_size=2))
+    while not center.members:
+        await asyncio.sleep(0.01)
+    answers = []
+    for line in lines:
+        reader, writer = await asyncio.open_connection("127.0.0.1", center.port)
+        writer.write(line)
+        writer.write_eof()
+        answers.append(await asyncio.wait_for(reader.read(), 10))
+        writer.close()
+    await asyncio.sleep(0.1)
+    found = answers, list(center.failures), set(center.members)
+    ours.close()
+    center.server.close()
+    return found
+
+
+def test_strangers_do_no_harm() -> None:
+    """A scanner of ports; ranks of another job that was given the same MASTER_PORT."""
+    scanner = [b"", b"GET / HTTP/1.1\r\n\r\n", b"7\n", b"{}\n", bytes(range(256)), b'{"say": "hello"}\n']
+    others = [encode("hello", rank=1, host="n9", world_size=2), encode("hello", rank=0, host="n9", world_size=4)]
+    lines = [*scanner, *others, failure(Failure("killed", 1, "n9", "was killed")), encode("run_dir", path="/")]
+    answers, failures, members = asyncio.run(with_strangers(lines))
+    assert answers == [encode("stranger")] * len(lines)
+    assert not failures
+    assert members == {1}
