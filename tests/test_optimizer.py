@@ -25,6 +25,7 @@ def test_matrices_decay_and_experts_are_apart(single: topology.Topology) -> None
         assert {getattr(parameter, "allreduce", True) for parameter in group["params"]} == {"moe" not in group}
 
 
+@pytest.mark.slow  # DeepSpeed compiles its kernel
 def test_fused_adam_is_adamw_and_counts_every_parameters_steps() -> None:
     """Two groups, a parameter that has no gradient at first; then torch's AdamW goes on from its state, and back."""
     torch.manual_seed(0)
