@@ -135,7 +135,9 @@ def test_a_killed_supervisor_takes_its_rank_along(tmp_path: Path) -> None:
     job = Job(tmp_path, [WAIT, WAIT])
     rank = job.pid(1)
     job.ranks[1].kill()
+    started = time.monotonic()
     statuses, errors = job.wait()
+    assert time.monotonic() - started < 15, "the rank slept on"
     assert statuses == [1, -9]
     assert "error: rank 1 on " in errors[0]
     assert "is gone" in errors[0]
@@ -146,7 +148,9 @@ def test_rank_0s_supervisor_killed_ends_all(tmp_path: Path) -> None:
     job = Job(tmp_path, [WAIT, WAIT])
     rank = job.pid(1)
     job.ranks[0].kill()
+    started = time.monotonic()
     statuses, errors = job.wait()
+    assert time.monotonic() - started < 15, "the ranks slept on"
     assert statuses == [-9, 1]
     assert re.search(r"error: rank 0 \(MASTER_ADDR=127.0.0.1, .*\) is gone.*; rank 1 on \S+ ends", errors[1])
     assert not alive(rank)
