@@ -15,6 +15,7 @@ network      the link of a host down (on two hosts)
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -202,8 +203,9 @@ def inject(kind: str, job: Job, draw: random.Random) -> Callable[[], None]:
                     while True:
                         file.write(bytes(1 << 16))
                         file.flush()
-                except OSError:
-                    pass  # it is full
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:  # full, as it should be
+                        raise
             return ballast.unlink
         case "network":
             link = f"v{number + 1}"

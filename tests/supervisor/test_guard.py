@@ -131,29 +131,29 @@ def test_a_killed_rank_is_named(tmp_path: Path, number: signal.Signals) -> None:
         assert "Fatal Python error: Segmentation fault" in errors[1]
 
 
-def test_a_killed_supervisor_takes_its_rank_along(tmp_path: Path) -> None:
-    job = Job(tmp_path, [WAIT, WAIT])
-    rank = job.pid(1)
-    job.ranks[1].kill()
+def killed_supervisor(number: int, folder: Path) -> tuple[list[int], list[str]]:
+    """Of rank ``number`` of two that sleep: both ranks end with it, and soon."""
+    job = Job(folder, [WAIT, WAIT])
+    ranks = [job.pid(0), job.pid(1)]
     started = time.monotonic()
-    statuses, errors = job.wait()
-    assert time.monotonic() - started < 15, "the rank slept on"
+    job.ranks[number].kill()
+    found = job.wait()
+    assert time.monotonic() - started < 15, "a rank slept on"
+    assert not any(alive(rank) for rank in ranks)
+    return found
+
+
+def test_a_killed_supervisor_takes_its_rank_along(tmp_path: Path) -> None:
+    statuses, errors = killed_supervisor(1, tmp_path)
     assert statuses == [1, -9]
     assert "error: rank 1 on " in errors[0]
     assert "is gone" in errors[0]
-    assert not alive(rank)
 
 
 def test_rank_0s_supervisor_killed_ends_all(tmp_path: Path) -> None:
-    job = Job(tmp_path, [WAIT, WAIT])
-    rank = job.pid(1)
-    job.ranks[0].kill()
-    started = time.monotonic()
-    statuses, errors = job.wait()
-    assert time.monotonic() - started < 15, "the ranks slept on"
+    statuses, errors = killed_supervisor(0, tmp_path)
     assert statuses == [-9, 1]
     assert re.search(r"error: rank 0 \(MASTER_ADDR=127.0.0.1, .*\) is gone.*; rank 1 on \S+ ends", errors[1])
-    assert not alive(rank)
 
 
 RAISES = """

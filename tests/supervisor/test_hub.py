@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,3 +165,24 @@ def test_strangers_do_no_harm() -> None:
     assert answers == [encode("stranger")] * len(lines)
     assert not failures
     assert members == {1}
+
+
+async def status_when_told(folder: Path) -> str:
+    """What the run's folder says when the first supervisor hears that the job has ended, to be resumed."""
+    tasks: set[Any] = set()
+    center = Hub(Launch("srun", 0, 1, 0, 1, "127.0.0.1", 0), "n1")
+    await center.start(lambda part: tasks.add(asyncio.create_task(part)))
+    reader, writer = await asyncio.open_connection("127.0.0.1", center.port)
+    writer.write(encode("hello", rank=0, host="n1", world_size=1) + encode("run_dir", path=str(folder)))
+    writer.write(encode("done", status=75))
+    while (await asyncio.wait_for(read(reader), 10) or {"say": "end"})["say"] != "end":
+        pass
+    status = (folder / "status").read_text()
+    writer.close()
+    center.server.close()
+    return status
+
+
+def test_the_status_is_there_before_any_supervisor_ends(tmp_path: Path) -> None:
+    """srun may kill the others, rank 0's among them, as soon as one has."""
+    assert asyncio.run(status_when_told(tmp_path)) == "75\n"
